@@ -1,0 +1,1 @@
+"""The Fisher information of any PyTorch model: measured, explained, and used."""
