@@ -27,7 +27,7 @@ class UnsupportedError(NeuromanifoldError):
 
 
 class CaptureError(NeuromanifoldError):
-    """A layer that should have reported its inputs and cotangents did not, or not in a usable way."""
+    """A layer that should have reported its inputs and cotangents did not, or not usably."""
 
 
 class NonFiniteError(NeuromanifoldError):

@@ -1,0 +1,29 @@
+"""From a model and a batch to a stream of records."""
+
+from neuromanifold.capture.data import (
+    Batch,
+    Data,
+    Forward,
+    call_model,
+    check_devices,
+    logits_of,
+)
+from neuromanifold.capture.generic import differentiable_twice, functional_model
+from neuromanifold.capture.layout import Plan, Site, plan, unwrap
+from neuromanifold.capture.tape import Tape
+
+__all__ = [
+    "Batch",
+    "Data",
+    "Forward",
+    "Plan",
+    "Site",
+    "Tape",
+    "call_model",
+    "check_devices",
+    "differentiable_twice",
+    "functional_model",
+    "logits_of",
+    "plan",
+    "unwrap",
+]

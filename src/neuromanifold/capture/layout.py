@@ -1,0 +1,180 @@
+"""Which parameters are measured, and which layer rule reads each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from neuromanifold.errors import UncoveredParameterError, UnsupportedError
+from neuromanifold.layers import LayerRule, rule_for
+from neuromanifold.linalg import Block, Layout
+
+__all__ = ["Plan", "Site", "plan", "unwrap"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose parameters a rule covers."""
+
+    block: Block
+    module: nn.Module
+    rule: LayerRule
+
+
+@dataclass
+class Plan:
+    """Who reports what: modules with a rule, and single parameters on the generic path.
+
+    Attributes:
+        model: the module that is run; wrappers for compilation and data parallelism taken off.
+        layout: all measured parameters.
+        sites: modules with a rule, by block name.
+        generic: parameter name to the reason why no rule reads it.
+    """
+
+    model: nn.Module
+    layout: Layout
+    sites: dict[str, Site]
+    generic: dict[str, str] = field(default_factory=dict)
+    uncovered: str = "generic"
+
+    def __post_init__(self) -> None:
+        self._refuse_uncovered()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order of their first parameter."""
+        blocks = [site.block for site in self.sites.values()]
+        blocks += [Block.vector(name, self.layout) for name in self.generic]
+        order = {name: i for i, name in enumerate(self.layout.names)}
+        return sorted(blocks, key=lambda block: min(order[name] for name in block.parameters))
+
+    def give_up(self, block_name: str, reason: str) -> None:
+        """Move a module's parameters to the generic path."""
+        for name in self.sites.pop(block_name).block.parameters:
+            self.generic[name] = reason
+        self._refuse_uncovered()
+
+    def _refuse_uncovered(self) -> None:
+        if self.uncovered == "error" and self.generic:
+            listed = "; ".join(f"{name} ({reason})" for name, reason in self.generic.items())
+            raise UncoveredParameterError(
+                f"No layer rule covers {listed}. Pass params=... without them, register a layer "
+                f'rule, or use uncovered="generic" to read them by per-sample gradients.'
+            )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside torch.compile and (distributed) data parallel wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan:
+    """Assign every measured parameter to a module with a rule, or to the generic path.
+
+    Args:
+        model: any module.
+        params: names or shell-style patterns; None for all trainable parameters.
+        uncovered: "generic" or "error".
+
+    Raises:
+        ValueError: If a name matches nothing, or nothing trainable is left.
+        UnsupportedError: If the model couples samples by train-mode batch normalisation.
+    """
+    if uncovered not in ("generic", "error"):
+        raise ValueError(f'uncovered is "generic" or "error", got {uncovered!r}.')
+    model = unwrap(model)
+    _refuse_batch_statistics(model)
+    names = _selected(model, params)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name in names}
+    layout = Layout(shapes)
+    sites: dict[str, Site] = {}
+    covered: set[str] = set()
+    tied = _tied(model)
+    for module_name, module in model.named_modules():
+        rule = rule_for(module)
+        prefix = f"{module_name}." if module_name else ""
+        local = frozenset(
+            name
+            for name, p in module.named_parameters(recurse=False)
+            if prefix + name in names and id(p) not in tied
+        )
+        if rule is not None and local:
+            block = rule.block(module, module_name, local)
+            if block.slots:
+                sites[module_name] = Site(block, module, rule)
+                covered.update(block.parameters)
+    generic = {}
+    parameters = dict(model.named_parameters())
+    for name in layout.names:
+        if name not in covered:
+            shared = id(parameters[name]) in tied
+            generic[name] = "shared between modules" if shared else _owner_reason(model, name)
+    return Plan(model, layout, sites, generic, uncovered)
+
+
+def _selected(model: nn.Module, params: Iterable[str] | None) -> set[str]:
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if params is None:
+        selected = set(trainable)
+    else:
+        patterns = [params] if isinstance(params, str) else list(params)
+        selected = set()
+        for pattern in patterns:
+            found = [name for name in trainable if fnmatchcase(name, pattern)]
+            if not found and any(fnmatchcase(name, pattern) for name in frozen):
+                raise ValueError(
+                    f"params names {pattern!r}, which is frozen. Call requires_grad_(True) on it "
+                    f"to measure its Fisher information."
+                )
+            if not found:
+                raise ValueError(
+                    f"params names {pattern!r}, but no parameter is called so. "
+                    f"There are: {', '.join(trainable)}."
+                )
+            selected.update(found)
+    if not selected:
+        raise ValueError(
+            "The model has no trainable parameter. Call requires_grad_(True) on those whose Fisher "
+            "information you want."
+        )
+    return selected
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Identities of parameters that several modules own."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), set()).add(id(module))
+    return {parameter for parameter, modules in owners.items() if len(modules) > 1}
+
+
+def _owner_reason(model: nn.Module, name: str) -> str:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return f"no rule for {type(owner).__name__}"
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            how = (
+                "Call model.eval() first"
+                if module.running_mean is not None
+                else "Give it running statistics (track_running_stats=True) and call model.eval()"
+            )
+            raise UnsupportedError(
+                f"{type(module).__name__} {name!r} normalises with the statistics of the batch, "
+                f"which couples the samples: a Fisher information per sample does not exist. {how}."
+            )

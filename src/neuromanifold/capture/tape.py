@@ -1,0 +1,360 @@
+"""The tape: one forward pass with hooks, then sweeps of cotangents that leave a record per layer.
+
+A forward hook keeps each layer's input and the gradient edge of its output; a sweep asks autograd
+for the gradients at those edges. No weight gradient is computed and no `p.grad` is touched
+(docs/decisions/0001-capture.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from neuromanifold.capture.data import Batch, Forward, logits_of
+from neuromanifold.capture.generic import per_sample_gradients
+from neuromanifold.capture.layout import Plan, Site
+from neuromanifold.errors import CaptureError
+from neuromanifold.layers import Call, Record
+
+__all__ = ["Tape"]
+
+Arrangement = Literal["first", "second", "minor"]
+"""Where the samples are in a layer's input: axis 0 (possibly with positions folded in behind the
+samples), axis 1, or axis 0 with positions folded in front of the samples."""
+
+_VERIFIED: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], dict[str, Arrangement]]] = (
+    WeakKeyDictionary()
+)
+"""Arrangements already checked, per model and shapes: the check costs one sweep."""
+
+
+@dataclass
+class _Use:
+    """One call of a module during the forward pass."""
+
+    x: Tensor | None
+    edge: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Tape:
+    """Runs batches through a planned model and turns cotangents at its outputs into records.
+
+    Use as a context manager: the hooks exist only inside it.
+
+    Args:
+        plan: who reports; parameters whose module is bypassed move to the generic path in the
+            first batch.
+        forward: how the model is called.
+        canonical: brings what the model returns to one tensor `(N, ...)`.
+    """
+
+    def __init__(self, plan: Plan, forward: Forward, canonical: Callable[[Any], Tensor]) -> None:
+        self.plan = plan
+        self._forward = forward
+        self._canonical = canonical
+        self._uses: dict[str, list[_Use]] = {}
+        self._arrangements: dict[str, Arrangement] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._settled = False
+        self._listening = False
+
+    def __enter__(self) -> Tape:
+        for name, site in self.plan.sites.items():
+            # Before the user's own hooks, which may replace the layer's output.
+            self._handles.append(
+                site.module.register_forward_hook(
+                    self._hook(name, site), with_kwargs=True, prepend=True
+                )
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._uses.clear()
+
+    def run(self, batch: Batch) -> Tensor:
+        """Forward pass of a batch: outputs `(N, ...)`, attached to the graph that sweeps follow.
+
+        Raises:
+            CaptureError: If a module cannot be seen (compiled, or checkpointed reentrantly), or the
+                samples cannot be told apart in its input.
+        """
+        self._uses = {name: [] for name in self.plan.sites}
+        self._batch = batch
+        with torch.enable_grad(), _separate_casts(), _listening_to_hooks(self):
+            outputs = self._canonical(logits_of(self._forward(self.plan.model, batch.inputs)))
+        if not outputs.requires_grad:
+            raise CaptureError(
+                "The outputs do not depend on any measured parameter by a differentiable path. "
+                "Does the model run under torch.no_grad(), or detach its outputs?"
+            )
+        self._outputs = outputs
+        self._first_records = True
+        self._account_for_every_use()
+        self._find_samples()
+        self._settled = True
+        return outputs
+
+    def records(self, cotangents: Tensor) -> Iterator[Record]:
+        """Send cotangents `(V, *outputs.shape)` back; yields one record per block.
+
+        The records of a batch must be asked for before the next batch is run.
+        """
+        uses = [(name, use) for name in self.plan.sites for use in self._uses[name]]
+        gradients = self._sweep([use.edge for _, use in uses], cotangents)
+        calls: dict[str, list[Call]] = {name: [] for name in self.plan.sites}
+        for i, (name, use) in enumerate(uses):
+            g, gradients[i] = gradients[i], None
+            if g is None:  # the output of this call does not reach the model's outputs
+                g = torch.zeros((len(cotangents), *use.shape), dtype=use.dtype, device=use.device)
+            calls[name].append(self._call(name, use, g))
+        generic = (
+            per_sample_gradients(
+                self.plan, self._forward, self._canonical, self._batch, self._outputs, cotangents
+            )
+            if self.plan.generic
+            else {}
+        )
+        num_samples = self._outputs.shape[0]
+        first, self._first_records = self._first_records, False
+        for block in self.plan.blocks:
+            if block.name in self.plan.sites:
+                called = calls.pop(block.name) or [self._silent(block.name, cotangents)]
+            else:
+                called = [Call.of_parameter(generic.pop(block.name))]
+            yield Record(block, tuple(called), num_samples, first=first)
+
+    @property
+    def sweep_numel(self) -> int:
+        """Numbers that one sweep of the current batch keeps alive at once."""
+        return sum(math.prod(use.shape) for uses in self._uses.values() for use in uses)
+
+    # ---- the forward pass ------------------------------------------------------------------
+
+    def _hook(self, name: str, site: Site) -> Callable[..., None]:
+        needs_input = site.block.fan_in > site.block.biased
+
+        def hook(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            # A recomputation inside a backward pass (activation checkpointing) is no second use.
+            if not self._listening or torch._C._current_graph_task_id() != -1:
+                return
+            if not (torch.is_grad_enabled() and output.requires_grad):
+                return
+            x = (args[0] if args else next(iter(kwargs.values()))).detach() if needs_input else None
+            edge = get_gradient_edge(output)
+            self._uses[name].append(_Use(x, edge, output.shape, output.dtype, output.device))
+
+        return hook
+
+    def _account_for_every_use(self) -> None:
+        """Compare how often each parameter enters the graph with how often its module reported."""
+        entries = _parameter_uses(self._outputs)
+        parameters = dict(self.plan.model.named_parameters())
+        for name, site in list(self.plan.sites.items()):
+            calls = len(self._uses[name])
+            used = max(entries[id(parameters[p])] for p in site.block.parameters)
+            if used <= calls:
+                continue
+            how = "bypassed" if calls == 0 else "also used outside"
+            if self._settled:
+                raise CaptureError(
+                    f"Module {name!r} is {how} in this batch but was not in the first one, so its "
+                    f"parameters cannot be read the same way throughout. Measure such a model with "
+                    f"params=... without {list(site.block.parameters)}."
+                )
+            self.plan.give_up(name, f"its {type(site.module).__name__} is {how}")
+            del self._uses[name]
+
+    # ---- which rows belong to which sample -------------------------------------------------
+
+    def _find_samples(self) -> None:
+        num_samples = self._outputs.shape[0]
+        known = _VERIFIED.setdefault(self.plan.model, {})
+        key = (
+            self._outputs.shape,
+            tuple(
+                (name, use.shape, None if use.x is None else use.x.shape)
+                for name, uses in self._uses.items()
+                for use in uses
+            ),
+        )
+        if key not in known:
+            known[key] = self._verify_arrangements(num_samples)
+        found = known[key]
+        for name in list(self.plan.sites):
+            if name in found or not self._uses[name]:
+                continue
+            if self._settled:
+                raise CaptureError(
+                    f"The samples of this batch cannot be told apart in the input of {name!r}, "
+                    f"although those of the first batch could."
+                )
+            self.plan.give_up(name, "its inputs have no sample axis")
+            del self._uses[name]
+        self._arrangements = found
+
+    def _verify_arrangements(self, num_samples: int) -> dict[str, Arrangement]:
+        """Send a cotangent back from one sample only, and see which rows it reaches."""
+        cotangent = torch.zeros_like(self._outputs)
+        sample = cotangent[-1].reshape(-1)
+        sample.copy_(torch.linspace(1, 2, sample.numel(), device=sample.device).cos())
+        uses = [(name, use) for name, uses in self._uses.items() for use in uses]
+        gradients = self._sweep([use.edge for _, use in uses], cotangent[None])
+        candidates: dict[str, list[Arrangement]] = {}
+        for (name, use), g in zip(uses, gradients, strict=True):
+            fitting = [
+                arrangement
+                for arrangement in ("first", "second", "minor")
+                if _fits(use, g, num_samples, arrangement)
+            ]
+            before = candidates.get(name, ["first", "second", "minor"])
+            candidates[name] = [a for a in before if a in fitting]
+        return {name: fitting[0] for name, fitting in candidates.items() if fitting}
+
+    def _call(self, name: str, use: _Use, g: Tensor) -> Call:
+        """A use with its samples brought to the front: rows `(N·folded, ...)`."""
+        site, arrangement = self.plan.sites[name], self._arrangements[name]
+        num_samples = self._outputs.shape[0]
+        x = None if use.x is None else _samples_first(use.x, num_samples, arrangement, 0)
+        g = _samples_first(g, num_samples, arrangement, 1)
+        return Call.of_module(site.rule, site.module, x, g, g.shape[1] // num_samples)
+
+    def _silent(self, name: str, cotangents: Tensor) -> Call:
+        """What a module reports that was not called: nothing reaches it, its gradient is zero."""
+        site, num_samples = self.plan.sites[name], self._outputs.shape[0]
+        groups, fan_out, fan_in = site.block.shape
+        weights = fan_in - site.block.biased
+        x = cotangents.new_zeros(num_samples, weights) if weights else None
+        return Call(
+            x,
+            cotangents.new_zeros(len(cotangents), num_samples, groups * fan_out),
+            1,
+            lambda x: x[None, :, None, :].expand(groups, -1, -1, -1),
+            lambda g: g.unflatten(2, (groups, 1, fan_out)).transpose(1, 2),
+        )
+
+    # ---- the sweep -------------------------------------------------------------------------
+
+    def _sweep(self, edges: list[GradientEdge], cotangents: Tensor) -> list[Tensor | None]:
+        """Gradients `(V, *output.shape)` at each edge; None where nothing arrives."""
+        if not edges:
+            return []
+
+        def gradients(u: Tensor, batched: bool) -> list[Tensor | None]:
+            return list(
+                torch.autograd.grad(
+                    self._outputs,
+                    edges,
+                    u,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+            )
+
+        if len(cotangents) > 1:
+            with contextlib.suppress(RuntimeError):  # an operator without a batching rule
+                return gradients(cotangents, batched=True)
+        sweeps = [gradients(u, batched=False) for u in cotangents]
+        return [None if gs[0] is None else torch.stack(gs) for gs in zip(*sweeps, strict=True)]
+
+
+@contextlib.contextmanager
+def _listening_to_hooks(tape: Tape) -> Iterator[None]:
+    tape._listening = True
+    try:
+        yield
+    finally:
+        tape._listening = False
+
+
+@contextlib.contextmanager
+def _separate_casts() -> Iterator[None]:
+    """Let autocast cast a weight at each use, so that uses can be counted in the graph."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def _parameter_uses(outputs: Tensor) -> Counter[int]:
+    """How many times each parameter (by identity) enters the graph of the outputs.
+
+    Raises:
+        CaptureError: At a node behind which autograd hides its graph.
+    """
+    uses: Counter[int] = Counter()
+    seen = {outputs.grad_fn}
+    stack = [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        assert node is not None
+        kind = type(node).__name__
+        if "CheckpointFunction" in kind:
+            raise CaptureError(
+                "The model uses reentrant activation checkpointing, whose graph is built only "
+                "during a backward pass. Use checkpoint(..., use_reentrant=False)."
+            )
+        if "CompiledFunction" in kind:
+            raise CaptureError(
+                "A part of the model was compiled before its layers could be observed, and hooks "
+                "do not fire inside it. Compile the whole model (torch.compile(model) is taken off "
+                "here), or measure the module before compiling its parts."
+            )
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            if (variable := getattr(child, "variable", None)) is not None:
+                uses[id(variable)] += 1
+            elif child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return uses
+
+
+def _samples_first(x: Tensor, num_samples: int, arrangement: Arrangement, axis: int) -> Tensor:
+    """Bring `(..., rows, ...)` with rows at `axis` to samples major."""
+    if arrangement == "second":
+        return x.transpose(axis, axis + 1)
+    if arrangement == "minor":
+        return (
+            x.unflatten(axis, (-1, num_samples)).transpose(axis, axis + 1).flatten(axis, axis + 1)
+        )
+    return x
+
+
+def _fits(use: _Use, g: Tensor | None, num_samples: int, arrangement: Arrangement) -> bool:
+    """Whether the gradient of the last sample stays within its rows under an arrangement."""
+    for shape in (use.shape, use.shape if use.x is None else use.x.shape):
+        if arrangement == "second":
+            if len(shape) < 3 or shape[1] != num_samples:
+                return False
+        elif len(shape) < 2 or shape[0] % num_samples or shape[0] == 0:
+            return False
+    if g is None:
+        return arrangement == "first"
+    rows = _samples_first(g[0], num_samples, arrangement, 0)
+    others = rows[: rows.shape[0] // num_samples * (num_samples - 1)]
+    return not bool(others.any())

@@ -1,0 +1,149 @@
+"""Commands and their options.
+
+Whatever needs torch is imported inside a command, so that `--help` answers at once. Results go to
+stdout, everything else (progress, messages, what the user's own code prints) to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neuromanifold import __version__
+from neuromanifold.cli.output import check_page, note, publish
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="neuromanifold",
+    help="The Fisher information of a PyTorch model: measured and explained.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where to write the HTML page (default: report.html, but none with --json).",
+        dir_okay=False,
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.", min=0)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"neuromanifold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """The Fisher information of a PyTorch model: measured and explained."""
+
+
+@app.command()
+def demo(
+    out: Out = None,
+    as_json: Json = False,
+    seed: Seed = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 20,
+    samples: Annotated[int, typer.Option(help="Training images to measure on.", min=1)] = 512,
+    debug: Debug = False,
+) -> None:
+    """Train a conv net and an MLP on handwritten digits, and report their Fisher information."""
+    page = _page(out, as_json)
+    with _readable_errors(debug):
+        check_page(page)
+        with contextlib.redirect_stdout(sys.stderr):
+            from neuromanifold.cli.demo_models import analyze_digits
+
+            analyses = analyze_digits(seed=seed, epochs=epochs, samples=samples)
+        publish(analyses, title="Two networks that read digits", page=page, as_json=as_json)
+
+
+@app.command()
+def analyze(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.PY:FUNCTION",
+            help="A function without arguments that returns (model, likelihood, data).",
+            show_default=False,
+        ),
+    ],
+    out: Out = None,
+    as_json: Json = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Measure only the first so many samples (default: all).", min=1),
+    ] = None,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Report the Fisher information of your own model.
+
+    The model is measured as the function returns it, in the mode (train or eval) it is in. The
+    data are what `neuromanifold.fisher` takes: a batch, a pair (inputs, targets) or a DataLoader.
+    """
+    page = _page(out, as_json)
+    with _readable_errors(debug):
+        check_page(page)
+        with contextlib.redirect_stdout(sys.stderr):
+            from neuromanifold.cli.target import first_samples, load_target
+
+            model, likelihood, data = load_target(target)
+            note(f"Measuring the Fisher information of {target}")
+            import torch
+
+            from neuromanifold.report import collect
+
+            analysis = collect(
+                model,
+                likelihood,
+                data if samples is None else first_samples(data, samples),
+                name=target.rpartition(":")[2],
+                generator=torch.Generator().manual_seed(seed),
+                progress=sys.stderr.isatty(),
+            )
+        publish([analysis], title=f"Fisher information of {target}", page=page, as_json=as_json)
+
+
+def _page(out: Path | None, as_json: bool) -> Path | None:
+    """Where the page goes; None when only JSON was asked for."""
+    if out is None and not as_json:
+        return Path("report.html")
+    return out
+
+
+@contextlib.contextmanager
+def _readable_errors(debug: bool) -> Iterator[None]:
+    """One message instead of a traceback: exit 2 for what the user can mend, 1 for the rest."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        expected = isinstance(error, (ValueError, TypeError, OSError))
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        note(f"Error: {text}\n(--debug shows the traceback.)")
+        raise typer.Exit(2 if expected else 1) from None

@@ -1,0 +1,149 @@
+"""What a command leaves behind: tables or JSON on stdout, a page in a file, notes on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from neuromanifold._files import atomic_path
+from neuromanifold.errors import UnsupportedError
+
+__all__ = ["check_page", "note", "publish", "require_extra"]
+
+Analysis = Mapping[str, Any]
+"""What `neuromanifold.report.collect` returns."""
+
+
+def note(text: str) -> None:
+    """Say something on stderr, as it is: no markup, no line breaks of our own."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Refuse early, before a long run, when an optional dependency is not installed.
+
+    Raises:
+        UnsupportedError: With the command that installs it.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UnsupportedError(
+            f"This needs {', '.join(missing)}, which the extra {extra!r} brings: "
+            f"pip install 'neuromanifold[{extra}]'"
+        )
+
+
+def check_page(page: Path | None) -> None:
+    """Refuse early a page that could not be written.
+
+    Raises:
+        UnsupportedError: If the report extra is not installed.
+        ValueError: If the folder does not exist.
+    """
+    if page is None:
+        return
+    require_extra("report", "jinja2", "altair", "vl_convert")
+    if not page.parent.is_dir():
+        raise ValueError(f"No folder {page.parent} to write {page.name} into. Create it first.")
+
+
+def publish(analyses: Sequence[Analysis], *, title: str, page: Path | None, as_json: bool) -> None:
+    """Print the analyses, and write the page if there is to be one."""
+    if as_json:
+        typer.echo(json.dumps(list(analyses), indent=2, allow_nan=False))
+    else:
+        console = Console()
+        for table in tables(analyses):
+            console.print(table)
+            console.print()
+        for text in (f"{a['name']}: {line}" for a in analyses for line in a["notes"]):
+            console.print(text, markup=False, highlight=False)
+    if page is not None:
+        from neuromanifold.report import render
+
+        html = render(list(analyses), title=title)
+        with atomic_path(page) as partial:
+            partial.write_text(html, encoding="utf-8")
+        note(f"Wrote {page}. Open it in a browser.")
+
+
+MISSING = "–"
+"""Stands for what was not measured."""
+
+
+def number(value: float | None) -> str:
+    """Three significant digits.
+
+    Example:
+        >>> number(1234.5), number(0.00012345), number(None)
+        ('1.23e+03', '0.000123', '–')
+    """
+    return MISSING if value is None else f"{value:.3g}"
+
+
+def tables(analyses: Sequence[Analysis]) -> list[Table]:
+    """One table that compares the models, then one per model with a row per layer."""
+    return [_overview(analyses), *map(_layers, analyses)]
+
+
+def _overview(analyses: Sequence[Analysis]) -> Table:
+    table = Table("", title="Fisher information", title_justify="left")
+    columns = [_facts(analysis) for analysis in analyses]
+    for analysis in analyses:
+        table.add_column(Text(analysis["name"]), justify="right")
+    for label in dict.fromkeys(label for facts in columns for label in facts):
+        table.add_row(label, *(facts.get(label, MISSING) for facts in columns))
+    return table
+
+
+def _facts(analysis: Analysis) -> dict[str, str]:
+    """What one model's column says; a fact that was not measured is left out."""
+    facts = {
+        "trainable parameters": f"{analysis['model']['num_trainable']:,}",
+        "samples measured": f"{analysis['num_samples']:,}",
+    }
+    if training := analysis["training"]:
+        facts["test accuracy"] = f"{training['test_accuracy']:.1%}"
+    facts |= {
+        "trace (nats/param²)": number(analysis["trace"]),
+        "largest eigenvalue (nats/param²)": number(analysis["largest_eigenvalue"]),
+        "largest stable learning rate": number(analysis["max_learning_rate"]),
+    }
+    if spectrum := analysis["spectrum"]:
+        damping = spectrum["eigenvalues"][0] / 100
+        dimension = sum(value / (value + damping) for value in spectrum["eigenvalues"])
+        facts |= {
+            "the next three eigenvalues": ", ".join(map(number, spectrum["leading"][1:4])),
+            "non-zero eigenvalues": f"{spectrum['count']:,}",
+            f"effective dimension at damping {number(damping)}": number(dimension),
+        }
+    for structure, error in (analysis["whole_errors"] or {}).items():
+        facts[f"relative error of {structure}"] = number(error)
+    return facts
+
+
+def _layers(analysis: Analysis) -> Table:
+    table = Table(title=Text(f"{analysis['name']}, layer by layer"), title_justify="left")
+    for name in ("layer", "type"):
+        table.add_column(name)
+    for name in ("params", "trace", "share", "Kronecker error", "unit-wise error"):
+        table.add_column(name, justify="right")
+    for layer in analysis["layers"]:
+        table.add_row(
+            Text(layer["name"] or "(root)"),
+            Text(layer["type"]),
+            f"{layer['num_parameters']:,}",
+            number(layer["trace"]),
+            f"{layer['share']:.1%}",
+            number(layer["kronecker_error"]),
+            number(layer["unitwise_error"]),
+        )
+    return table

@@ -1,0 +1,114 @@
+"""`file.py:function` to the model, likelihood and data that the function returns."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from operator import itemgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from neuromanifold.capture import Batch, Data
+from neuromanifold.likelihoods import Likelihood
+
+__all__ = ["first_samples", "load_target"]
+
+EXAMPLE = "neuromanifold analyze train.py:load"
+MODULE_NAME = "neuromanifold_target"
+"""Not the file's own name, which may be that of a module in use: random.py, torch.py."""
+
+
+def load_target(target: str) -> tuple[nn.Module, Likelihood, Any]:
+    """Run `file.py:function` and check what it returns.
+
+    Raises:
+        ValueError: If anything on the way is not as it should be; the message says what to do.
+    """
+    file, colon, name = target.rpartition(":")
+    if not (colon and file and name):
+        raise ValueError(f"The target is FILE.PY:FUNCTION, for example {EXAMPLE}; got {target!r}.")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"There is no file {file!r}. The target is FILE.PY:FUNCTION ({EXAMPLE}).")
+    function = _function(_run_file(path), name, file)
+    try:
+        result = function()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{target} raised {type(error).__name__}: {error}") from error
+    return _checked(result, target)
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Run a file as Python would, its own folder first on the path, but not as `__main__`."""
+    spec = importlib.util.spec_from_file_location(MODULE_NAME, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file; its name should end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{path} raised {type(error).__name__} while it was being read: {error}\n"
+            f'Keep what should not run now behind: if __name__ == "__main__":'
+        ) from error
+    return module
+
+
+def _function(module: ModuleType, name: str, file: str) -> Callable[[], Any]:
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(
+            f"{file} has no function {name!r}. Its functions: {', '.join(there) or 'none'}."
+        )
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{name} in {file} is called without arguments ({error}). Give its parameters "
+            f"defaults, or write a small function that calls it."
+        ) from None
+    return function
+
+
+def _checked(result: object, target: str) -> tuple[nn.Module, Likelihood, Any]:
+    wanted = f"{target} must return (model, likelihood, data)"
+    if not isinstance(result, tuple) or len(result) != 3:
+        size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
+        raise ValueError(f"{wanted}; it returned a {type(result).__name__}{size}.")
+    model, likelihood, data = result
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{wanted}; its model is a {type(model).__name__}, not a torch.nn.Module.")
+    if not isinstance(likelihood, Likelihood):
+        raise ValueError(
+            f"{wanted}; its likelihood is a {type(likelihood).__name__}. Return one of "
+            f"neuromanifold's, or neuromanifold.from_loss(loss) for a torch loss."
+        )
+    return model, likelihood, data
+
+
+def first_samples(data: Any, num: int) -> list[Batch]:
+    """The first `num` samples of any data that `neuromanifold.fisher` takes.
+
+    Example:
+        >>> import torch
+        >>> [len(b.targets) for b in first_samples([(torch.ones(3, 2), torch.ones(3))] * 2, 5)]
+        [3, 2]
+    """
+    kept, left = [], num
+    for batch in Data(data):
+        parts = (batch.inputs, batch.targets)
+        size = next(part.shape[0] for part in tree_leaves(parts) if isinstance(part, Tensor))
+        kept.append(Batch(*tree_map_only(Tensor, itemgetter(slice(left)), parts)))
+        left -= size
+        if left <= 0:
+            break
+    return kept

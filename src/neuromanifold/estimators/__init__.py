@@ -1,0 +1,13 @@
+"""Which vectors go back from the outputs; their outer products average to the output Fisher.
+
+Every estimator answers the same question: for a batch of outputs, which cotangents `u (N, ...)`
+make `Σ_v u_v u_vᵀ` the output Fisher of each sample, exactly or on average?
+"""
+
+from neuromanifold.estimators._base import Estimator
+from neuromanifold.estimators.empirical import Empirical
+from neuromanifold.estimators.exact import Exact
+from neuromanifold.estimators.monte_carlo import MonteCarlo
+from neuromanifold.estimators.random_signs import RandomSigns
+
+__all__ = ["Empirical", "Estimator", "Exact", "MonteCarlo", "RandomSigns"]

@@ -1,0 +1,66 @@
+"""The contract of an estimator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from neuromanifold.likelihoods import Likelihood
+
+__all__ = ["Estimator"]
+
+
+class Estimator(ABC):
+    """Chooses the cotangents of a batch.
+
+    Attributes:
+        random: whether two passes over the same data differ unless the generator is reset.
+        needs_targets: whether the data must come with targets.
+    """
+
+    random: bool
+    needs_targets: bool = False
+
+    @abstractmethod
+    def cotangents(
+        self,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: Tensor | None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Cotangents, one sweep each.
+
+        Args:
+            likelihood: what the outputs mean.
+            outputs: `(N, ...)`, detached.
+            targets: labels of the data, or None. Positions that they mark as ignored get zero.
+            generator: source of randomness.
+
+        Yields:
+            Tensors like `outputs`; the (expected) sum of their outer products is the output Fisher.
+        """
+
+    @abstractmethod
+    def num_sweeps(self, likelihood: Likelihood, outputs: Tensor) -> int:
+        """V, how many cotangents a batch gets."""
+
+    def output_product(
+        self,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: Tensor | None,
+        v: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`Σ_v u_v (u_vᵀ v)` per sample, for vectors `v (R, *outputs.shape)`."""
+        total = torch.zeros_like(v)
+        for u in self.cotangents(likelihood, outputs, targets, generator=generator):
+            inner = (u * v).flatten(2).sum(dim=2)  # (R, N)
+            total += u * inner.reshape(*inner.shape, *[1] * (outputs.ndim - 1))
+        return total

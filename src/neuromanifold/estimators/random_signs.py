@@ -1,0 +1,52 @@
+"""Random signs on the columns of the output Fisher (papers.md §3.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuromanifold.estimators._base import Estimator
+from neuromanifold.likelihoods import Likelihood
+
+__all__ = ["RandomSigns"]
+
+
+@dataclass(frozen=True)
+class RandomSigns(Estimator):
+    """Unbiased: each sweep sends back all columns of the output Fisher at once, with random signs.
+
+    Costs what sampled labels cost, and varies less for most parameters.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x = torch.nn.Linear(3, 4), torch.randn(8, 3)
+        >>> F = nm.fisher(model, nm.Categorical(), x, nm.Diagonal(), estimator=nm.RandomSigns())
+        >>> sorted(F.diagonal())
+        ['bias', 'weight']
+    """
+
+    probes: int = 1
+    random = True
+
+    def __post_init__(self) -> None:
+        if self.probes < 1:
+            raise ValueError(f"RandomSigns needs at least 1 probe, got {self.probes}.")
+
+    def cotangents(
+        self,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: Tensor | None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Signed sums of columns, over the square root of their number."""
+        for u in likelihood.random_signs(outputs, self.probes, generator=generator):
+            yield likelihood.mask_cotangent(u, outputs, targets) / self.probes**0.5
+
+    def num_sweeps(self, likelihood: Likelihood, outputs: Tensor) -> int:
+        """Number of probes."""
+        return self.probes

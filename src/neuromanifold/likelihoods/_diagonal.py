@@ -1,0 +1,68 @@
+"""Likelihoods whose output Fisher is diagonal: independent event entries."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from neuromanifold._typing import Outputs
+from neuromanifold.likelihoods._base import Likelihood, at_least_float32, rademacher, sum_event
+
+__all__ = ["DiagonalLikelihood"]
+
+
+class DiagonalLikelihood(Likelihood):
+    """Everything that follows from the diagonal of the output Fisher.
+
+    The event is one position, whatever its shape.
+    """
+
+    @abstractmethod
+    def _information(self, outputs: Tensor) -> Tensor:
+        """Diagonal of the output Fisher, like `outputs`, in float32 at least."""
+
+    @abstractmethod
+    def _fourth_cumulants(self, outputs: Tensor, j: Tensor) -> Tensor:
+        """Fourth cumulant of `j · score` for each independent target entry, `(..., N, *K)`."""
+
+    def log_prob(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        """Log-probability of every sample, `(N,)` nats; targets may be of any dtype."""
+        outputs = self.canonical(outputs)
+        return super().log_prob(outputs, targets.to(at_least_float32(outputs).dtype))
+
+    def fisher_columns(self, outputs: Tensor) -> Iterator[Tensor]:
+        """One column per event entry: the square root of its information."""
+        root = self._information(self.canonical(outputs).detach()).sqrt().to(outputs.dtype)
+        entries = root.reshape(len(root), -1)
+        for k in range(entries.shape[1]):
+            column = torch.zeros_like(entries)
+            column[:, k] = entries[:, k]
+            yield column.reshape(root.shape)
+
+    def num_columns(self, outputs: Outputs) -> int:
+        """How many entries the outputs of one sample have."""
+        return self.canonical(outputs)[0].numel()
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """Information times `v`, entry by entry."""
+        return (self._information(self.canonical(outputs).detach()) * v).to(v.dtype)
+
+    def random_signs(
+        self, outputs: Tensor, num: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        """Square root of the information, with a random sign on every entry."""
+        root = self._information(self.canonical(outputs).detach()).sqrt()
+        for _ in range(num):
+            yield (root * rademacher(root.shape, root, generator)).to(outputs.dtype)
+
+    def score_fourth_moment(self, outputs: Tensor, j: Tensor) -> Tensor:
+        """`E (j · score)⁴`, `(..., N)`: entries are independent, so their cumulants add up."""
+        outputs = self.canonical(outputs).detach()
+        j = at_least_float32(j)
+        cumulants = self._fourth_cumulants(outputs, j)
+        variance = sum_event(self._information(outputs) * j**2, outputs.ndim - 1)
+        event_ndim = cumulants.ndim - variance.ndim
+        return sum_event(cumulants, event_ndim) + 3 * variance**2

@@ -1,0 +1,70 @@
+"""How much memory is free, asked before a large allocation instead of after it failed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from neuromanifold.errors import TooLargeError
+
+__all__ = ["available", "readable", "require"]
+
+
+def available(device: torch.device) -> int:
+    """Free bytes on a device; on a CPU, within the limit of the control group if there is one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_free_host_memory(), _free_in_control_group())
+
+
+def readable(num_bytes: float) -> str:
+    """Bytes for people.
+
+    Example:
+        >>> readable(3 * 2**30)
+        '3.0 GiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1024 or unit == "TiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} {unit}"
+
+
+def require(num_bytes: int, device: torch.device, *, what: str, instead: str) -> None:
+    """Raise before an allocation that cannot fit.
+
+    Raises:
+        TooLargeError: Names the bytes needed, the bytes free, and what would fit.
+    """
+    free = available(device)
+    if num_bytes > free:
+        raise TooLargeError(
+            f"{what} needs {readable(num_bytes)}, but {readable(free)} are free on {device}. "
+            f"{instead}",
+            bytes_needed=num_bytes,
+            bytes_available=free,
+        )
+
+
+def _free_host_memory() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Without a kernel that says what is available, the whole memory is the only bound known.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _free_in_control_group() -> int:
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return 2**63
+    used = int((group / "memory.current").read_text())
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    # Cached file pages count as used but are given back on demand.
+    return int(limit.read_text()) - used + int(statistics.get("inactive_file", 0))

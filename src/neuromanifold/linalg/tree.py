@@ -1,0 +1,243 @@
+"""Parameter vectors and their views as weight matrices: names, shapes, offsets, nothing else.
+
+Three kinds of vector are accepted everywhere: `Params` (a dict from name to tensor), flat `(P,)`
+and flat `(P, R)`. Inside the library a set of R vectors is always `rows (R, P)`, and the part of it
+that belongs to one layer is `(R, G, O, I)`: G groups, fan-out O, fan-in I with the bias as last
+column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from neuromanifold._typing import Params
+
+__all__ = ["Block", "Layout", "Slot", "Vector"]
+
+Vector: TypeAlias = Params | Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the parameters, in the order in which they are flattened.
+
+    Example:
+        >>> layout = Layout({"weight": (2, 3), "bias": (2,)})
+        >>> layout.num_parameters
+        8
+        >>> layout.unflatten(torch.arange(8.0))["bias"]
+        tensor([6., 7.])
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameter names in flattening order."""
+        return tuple(self.shapes)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter lies in a flat vector."""
+        ends, start = {}, 0
+        for name, shape in self.shapes.items():
+            ends[name] = slice(start, start := start + math.prod(shape))
+        return ends
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """P, the length of a flat vector."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def flatten(self, params: Params) -> Tensor:
+        """Concatenate a parameter dict into a flat `(P,)` tensor.
+
+        Raises:
+            ValueError: If names or shapes differ from the layout's.
+        """
+        missing = [name for name in self.shapes if name not in params]
+        extra = [name for name in params if name not in self.shapes]
+        if missing or extra:
+            raise ValueError(
+                f"The parameter dict does not match this Fisher matrix: missing {missing}, "
+                f"unknown {extra}. Expected exactly the keys {list(self.shapes)}."
+            )
+        for name, shape in self.shapes.items():
+            if tuple(params[name].shape) != tuple(shape):
+                raise ValueError(
+                    f"{name!r} has shape {tuple(params[name].shape)}, expected {tuple(shape)}."
+                )
+        return torch.cat([params[name].reshape(-1) for name in self.shapes])
+
+    def unflatten(self, flat: Tensor) -> Params:
+        """Split a flat `(P,)` tensor into a parameter dict of views."""
+        return {name: flat[s].reshape(self.shapes[name]) for name, s in self.slices.items()}
+
+    def rows(self, v: Vector) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Bring any kind of vector to rows `(R, P)`.
+
+        Returns:
+            The rows, and a function that brings rows `(R, P)` back to the kind that came in.
+
+        Raises:
+            ValueError: If the vector does not fit the layout.
+            TypeError: If it is neither a dict nor a tensor.
+        """
+        if isinstance(v, Mapping):
+            return self.flatten(v)[None], lambda rows: self.unflatten(rows[0])
+        if not isinstance(v, Tensor):
+            raise TypeError(
+                f"A vector is a dict of tensors, a flat (P,) or a flat (P, R) tensor; "
+                f"got {type(v).__name__}."
+            )
+        if v.ndim not in (1, 2) or v.shape[0] != self.num_parameters:
+            raise ValueError(
+                f"A flat vector here has shape ({self.num_parameters},) or "
+                f"({self.num_parameters}, R); got {tuple(v.shape)}."
+            )
+        if v.ndim == 1:
+            return v[None], lambda rows: rows[0]
+        return v.T, lambda rows: rows.T
+
+    def restrict(self, names: Iterable[str]) -> Layout:
+        """The layout of some of the parameters, in this layout's order.
+
+        Raises:
+            ValueError: If a name does not exist.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        unknown = [name for name in wanted if name not in self.shapes]
+        if unknown:
+            raise ValueError(f"No parameters named {unknown}. There are: {list(self.shapes)}.")
+        return Layout({name: shape for name, shape in self.shapes.items() if name in wanted})
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter as some columns `(G, O, columns)` of a block.
+
+    Attributes:
+        parameter: its name.
+        columns: how many fan-in columns it fills.
+        view: the shape it is reshaped to, and
+        order: the permutation of that view which puts group and fan-out axes first.
+    """
+
+    parameter: str
+    columns: int
+    view: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, parameter: str, groups: int, fan_out: int, columns: int) -> Slot:
+        """A parameter stored as `(G·O, columns)`, like the weight of Linear and of convolutions."""
+        return cls(parameter, columns, (groups, fan_out, columns), (0, 1, 2))
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parameters of one layer as one weight matrix per group, `(G, O, I)`.
+
+    Attributes:
+        name: the module that owns the parameters.
+        groups: G.
+        fan_out: O, units of one group.
+        slots: parameters, side by side along the fan-in axis.
+        biased: whether the last fan-in column is a bias, that is, multiplies an input of one.
+    """
+
+    name: str
+    groups: int
+    fan_out: int
+    slots: tuple[Slot, ...]
+    biased: bool = False
+
+    @property
+    def fan_in(self) -> int:
+        """I, columns of all slots together."""
+        return sum(slot.columns for slot in self.slots)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(G, O, I)`."""
+        return (self.groups, self.fan_out, self.fan_in)
+
+    @property
+    def num_parameters(self) -> int:
+        """G·O·I."""
+        return math.prod(self.shape)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters, in column order."""
+        return tuple(slot.parameter for slot in self.slots)
+
+    def read(self, rows: Tensor, layout: Layout) -> Tensor:
+        """The block's part of rows `(R, P)`, as `(R, G, O, I)`."""
+        parts = [self._view(slot, rows, layout) for slot in self.slots]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def write(self, value: Tensor, rows: Tensor, layout: Layout) -> None:
+        """Store `(R, G, O, I)` into the block's part of rows `(R, P)`."""
+        start = 0
+        for slot in self.slots:
+            part = value[..., start : start + slot.columns]
+            start += slot.columns
+            # The inverse of `_view`: back to the permuted view, undo the permutation, flatten.
+            permuted = part.reshape(-1, *(slot.view[i] for i in slot.order))
+            inverse = [1 + slot.order.index(i) for i in range(len(slot.view))]
+            rows[:, layout.slices[slot.parameter]] = permuted.permute(0, *inverse).flatten(1)
+
+    def _view(self, slot: Slot, rows: Tensor, layout: Layout) -> Tensor:
+        part = rows[:, layout.slices[slot.parameter]].reshape(-1, *slot.view)
+        part = part.permute(0, *(1 + i for i in slot.order))
+        return part.reshape(-1, self.groups, self.fan_out, slot.columns)
+
+    def restrict(self, names: Iterable[str]) -> tuple[Block, list[int]] | None:
+        """The block with some of its parameters, and the fan-in columns that stay."""
+        keep: list[Slot] = []
+        columns: list[int] = []
+        start = 0
+        for slot in self.slots:
+            if slot.parameter in names:
+                keep.append(slot)
+                columns += range(start, start + slot.columns)
+            start += slot.columns
+        if not keep:
+            return None
+        biased = self.biased and self.slots[-1] in keep
+        return Block(self.name, self.groups, self.fan_out, tuple(keep), biased), columns
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Block:
+        """The inverse of `to_dict`, also after a passage through JSON."""
+        slots = tuple(
+            Slot(s["parameter"], s["columns"], tuple(s["view"]), tuple(s["order"]))
+            for s in entry["slots"]
+        )
+        return cls(entry["name"], entry["groups"], entry["fan_out"], slots, entry["biased"])
+
+    @classmethod
+    def whole(cls, layout: Layout) -> Block:
+        """All parameters as the fan-in of one imaginary unit: `(1, 1, P)`, flattening order."""
+        slots = tuple(
+            Slot.plain(name, 1, 1, math.prod(shape)) for name, shape in layout.shapes.items()
+        )
+        return cls("", 1, 1, slots)
+
+    @classmethod
+    def vector(cls, name: str, layout: Layout) -> Block:
+        """One parameter as a column of units without inputs: `(1, p, 1)`, like a bias."""
+        size = math.prod(layout.shapes[name])
+        return cls(name, 1, size, (Slot.plain(name, 1, size, 1),), biased=True)

@@ -1,0 +1,19 @@
+"""What a Fisher matrix can do, whatever its structure."""
+
+from neuromanifold.operators._base import FisherOperator, NaiveFallbackWarning, Origin
+from neuromanifold.operators.algebra import Restriction, Sum
+from neuromanifold.operators.blocks import BlockMatrix, BlockOperator, Matrices
+from neuromanifold.operators.coverage import Coverage, CoverageEntry
+
+__all__ = [
+    "BlockMatrix",
+    "BlockOperator",
+    "Coverage",
+    "CoverageEntry",
+    "FisherOperator",
+    "Matrices",
+    "NaiveFallbackWarning",
+    "Origin",
+    "Restriction",
+    "Sum",
+]

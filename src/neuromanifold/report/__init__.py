@@ -1,0 +1,7 @@
+"""What a network's Fisher information says, as one page that a newcomer can read."""
+
+from __future__ import annotations
+
+from neuromanifold.report.render import render
+
+__all__ = ["render"]

@@ -1,0 +1,103 @@
+"""From analyses, which are plain dicts, to one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from neuromanifold.errors import UnsupportedError
+
+__all__ = ["render"]
+
+_KIND, _VERSION = "neuromanifold.analysis", 1
+
+
+def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
+    """One HTML page that explains what was measured.
+
+    The page carries everything it needs: style, data and the program that draws the charts. It
+    loads nothing from anywhere, its content security policy forbids it, and without JavaScript
+    its tables still hold the numbers. The same analyses give the same page, byte for byte.
+
+    Args:
+        analyses: one per model, each as `neuromanifold.report.collect` returns it; what is None
+            or empty in it is left out of the page.
+        title: heading of the page, plain text.
+
+    Returns:
+        The page; write it as UTF-8.
+
+    Raises:
+        UnsupportedError: If the report extra is not installed.
+        ValueError: If there is nothing to report, or a dict is not an analysis.
+
+    Example:
+        >>> page = render([analysis], title="My network")  # doctest: +SKIP
+        >>> Path("report.html").write_text(page, encoding="utf-8")  # doctest: +SKIP
+    """
+    _check(analyses)
+    _require_extra()
+    # The extra is needed from here on only, so that the library can be imported without it.
+    import jinja2
+
+    from neuromanifold.report.headline import facts
+    from neuromanifold.report.provenance import coverage, origin
+    from neuromanifold.report.sections import sections
+
+    models = [
+        {
+            "id": f"model-{number}",
+            "name": analysis["name"],
+            "origin": origin(analysis),
+            "facts": facts(analysis),
+            "sections": sections(analysis),
+            "coverage": coverage(analysis),
+            "notes": analysis.get("notes") or (),
+        }
+        for number, analysis in enumerate(analyses, 1)
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("neuromanifold.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("page.html").render(
+        title=title, models=models, drawing_library=_drawing_library(), version=version("neuromanifold")
+    )
+
+
+def _check(analyses: Sequence[Mapping[str, Any]]) -> None:
+    if not analyses:
+        raise ValueError("There is nothing to report: pass at least one analysis.")
+    for number, analysis in enumerate(analyses, 1):
+        given = (analysis.get("kind"), analysis.get("version"))
+        if given != (_KIND, _VERSION):
+            raise ValueError(
+                f"Number {number} of the analyses has kind {given[0]!r} and version {given[1]!r}, "
+                f"expected {_KIND!r} and {_VERSION}. Pass what neuromanifold.report.collect "
+                f"returned, and measure again if that was another version."
+            )
+
+
+def _require_extra() -> None:
+    missing = [name for name in ("jinja2", "altair", "vl_convert") if find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(
+            f"A report needs {', '.join(missing)}, not installed here. "
+            f'Run: pip install "neuromanifold[report]"'
+        )
+
+
+@cache
+def _drawing_library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script; a page needs it once for all its charts."""
+    import altair as alt
+    import vl_convert
+
+    major_minor = alt.SCHEMA_VERSION.rpartition(".")[0]
+    return vl_convert.javascript_bundle(vl_version=major_minor)

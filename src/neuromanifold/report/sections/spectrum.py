@@ -1,0 +1,137 @@
+"""How the information is spread over directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+from markupsafe import Markup
+
+from neuromanifold.report import charts
+from neuromanifold.report.headline import effective_dimension, reference_damping
+from neuromanifold.report.numerals import count, counted, percent, quantity, ratio
+from neuromanifold.report.sections._base import Analysis, Section, Table, code
+
+_MOST_POINTS = 300
+"""Eigenvalues drawn, evenly spread over the logarithm of their rank; more look the same."""
+
+
+def eigenvalues(analysis: Analysis) -> Section | None:
+    spectrum = analysis.get("spectrum")
+    if not spectrum or not spectrum["eigenvalues"]:
+        return None
+    values = spectrum["eigenvalues"]
+    cumulative = list(accumulate(values))
+    half, most = (_first_reaching(cumulative, share) for share in (0.5, 0.9))
+    says = Markup("{} half of the trace, and {} hold 90 % of it, out of {}.").format(
+        "One direction holds" if half == 1 else f"{count(half)} directions hold",
+        count(most),
+        counted(spectrum["total_dimension"], "direction"),
+    )
+    rows = [{"rank": rank, "eigenvalue": values[rank - 1]} for rank in _spread_ranks(len(values))]
+    # Eigenvalues of a matrix in floating point carry an error of about one rounding of the largest.
+    rounding = float(np.finfo(analysis["dtype"]).eps) * values[0]
+    table = Table(
+        f"The {len(spectrum['leading'])} leading of {count(spectrum['count'])} non-zero eigenvalues",
+        ("rank", "eigenvalue (nats/param²)", "share of the trace", "up to here"),
+        [
+            [str(rank), quantity(value), percent(value / cumulative[-1]), percent(so_far)]
+            for rank, (value, so_far) in enumerate(
+                zip(spectrum["leading"], (c / cumulative[-1] for c in cumulative), strict=False), 1
+            )
+        ],
+    )
+    return Section(
+        key="spectrum",
+        title="How many directions carry the information?",
+        says=says,
+        advice=_advice_on_spectrum(values, most, spectrum["total_dimension"]),
+        reading=_read_spectrum(analysis),
+        chart=charts.spectrum(
+            rows, says.striptags(), rounding=rounding if values[-1] < rounding else None
+        ),
+        table=table,
+    )
+
+
+def _advice_on_spectrum(values: Sequence[float], most: int, total: int) -> Markup:
+    if most > total / 10:
+        return Markup(
+            "The information is spread out, so a low-rank approximation saves little: keep a "
+            "structure that covers all directions, such as {}."
+        ).format(code("Kronecker()"))
+    slow = values[0] / values[most - 1]
+    return Markup(
+        "A low-rank approximation needs {} of the directions for those 90 %; plain gradient descent "
+        "needs about {} times as many steps along the last of them as along the first."
+    ).format(percent(most / total), ratio(slow))
+
+
+def _read_spectrum(analysis: Analysis) -> str:
+    spectrum = analysis["spectrum"]
+    reading = f"One point per eigenvalue that is not zero, {count(spectrum['count'])} in all."
+    if len(spectrum["eigenvalues"]) > _MOST_POINTS:
+        reading = (
+            f"{count(spectrum['count'])} eigenvalues are not zero; the points are evenly spread "
+            f"over the logarithm of the rank."
+        )
+    if analysis["num_rows"] < spectrum["total_dimension"]:
+        reading += (
+            f" With {count(analysis['num_rows'])} gradients there cannot be more than that many."
+        )
+    return reading
+
+
+def _first_reaching(cumulative: Sequence[float], share: float) -> int:
+    """How many of the largest eigenvalues reach a share of their sum."""
+    return 1 + next(i for i, so_far in enumerate(cumulative) if so_far >= share * cumulative[-1])
+
+
+def _spread_ranks(last: int) -> list[int]:
+    """Ranks from 1 to `last`, all of them or evenly spread over their logarithm."""
+    if last <= _MOST_POINTS:
+        return list(range(1, last + 1))
+    steps = (last ** (i / (_MOST_POINTS - 1)) for i in range(_MOST_POINTS))
+    return sorted({round(step) for step in steps})
+
+
+def dimension_left(analysis: Analysis) -> Section | None:
+    rows = analysis.get("effective_dimension") or ()
+    damping = reference_damping(analysis)
+    if not rows or damping is None:
+        return None
+    values = analysis["spectrum"]["eigenvalues"]
+    dimension = effective_dimension(values, damping)
+    says = Markup(
+        "At a damping of {}, a hundredth of the largest eigenvalue, {} of {} directions matter; at "
+        "a hundredth of that damping, {}."
+    ).format(
+        quantity(damping),
+        quantity(dimension),
+        count(analysis["spectrum"]["total_dimension"]),
+        quantity(effective_dimension(values, damping / 100)),
+    )
+    samples = analysis["num_samples"]
+    advice = Markup(
+        "Read it at the damping you train with, to see how many directions a natural-gradient step "
+        "corrects; and at τ/{} for a Gaussian prior of precision τ on every weight, where τ = 1 "
+        "says that {} samples determine {} directions."
+    ).format(count(samples), count(samples), quantity(effective_dimension(values, 1 / samples)))
+    table = Table(
+        "Effective dimension against damping",
+        ("damping (nats/param²)", "effective dimension (directions)"),
+        [[quantity(row["damping"]), quantity(row["value"])] for row in rows],
+        num_names=0,
+    )
+    return Section(
+        key="dimension",
+        title="How many directions are left once damping is added?",
+        says=says,
+        advice=advice,
+        reading="Ring: the headline number. A damping adds that much to every eigenvalue.",
+        chart=charts.dimension_curve(
+            rows, says.striptags(), reference={"damping": damping, "value": dimension}
+        ),
+        table=table,
+    )

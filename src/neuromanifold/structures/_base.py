@@ -1,0 +1,286 @@
+"""The contract of a structure, and the stream of records that structures are built from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from neuromanifold.capture import Batch, Data, Forward, Plan, Tape, check_devices
+from neuromanifold.errors import NonFiniteError, UnsupportedError
+from neuromanifold.estimators import Estimator
+from neuromanifold.layers import Record
+from neuromanifold.likelihoods import Likelihood
+from neuromanifold.linalg import Block, memory
+from neuromanifold.operators import (
+    BlockMatrix,
+    BlockOperator,
+    Coverage,
+    CoverageEntry,
+    FisherOperator,
+    Origin,
+)
+
+__all__ = ["AdditiveStructure", "Progress", "Reducer", "Source", "Structure"]
+
+Statistics = dict[str, Tensor]
+Progress = Callable[[int, int | None], None]
+"""`progress(batches done, batches in all or None)`."""
+Reducer = Callable[[list[Tensor]], None]
+"""Sums tensors over processes, in place."""
+
+SWEEP_BYTES = 2**28
+"""Cotangents of several sweeps travel together while they keep less than this alive."""
+RECORD_NUMEL = 2**21
+"""Records are reduced in parts of about this many numbers, which stay in the cache."""
+
+
+@dataclass
+class Source:
+    """Everything a structure needs to ask for records: model, data, likelihood, estimator.
+
+    Attributes:
+        plan: which parameters, read by which rule.
+        data: batches.
+        likelihood: what the outputs mean.
+        estimator: which cotangents are sent back.
+        forward: how the model is called.
+        per: "sample" or "position".
+        generator: randomness of the estimator.
+        reducer: sums over processes, None for one process.
+        progress: told after each batch.
+        num_samples: N so far; over all processes after `reduce`.
+        num_positions: observed positions, likewise.
+    """
+
+    plan: Plan
+    data: Data
+    likelihood: Likelihood
+    estimator: Estimator
+    forward: Forward
+    per: str = "sample"
+    generator: torch.Generator | None = None
+    reducer: Reducer | None = None
+    progress: Progress | None = None
+    num_samples: int = 0
+    num_positions: int = 0
+
+    def sweeps(self) -> Iterator[Iterator[Record]]:
+        """Pass over the data once: per group of sweeps of a batch, one record for each block."""
+        self.num_samples = self.num_positions = 0
+        with Tape(self.plan, self.forward, self.likelihood.canonical) as tape:
+            for done, batch in enumerate(self.data, start=1):
+                outputs, targets = self.outputs(tape, batch)
+                cotangents = self.estimator.cotangents(
+                    self.likelihood, outputs, targets, generator=self.generator
+                )
+                together = max(SWEEP_BYTES // (4 * tape.sweep_numel + 1), 1)
+                while chunk := list(islice(cotangents, together)):
+                    yield tape.records(torch.stack(chunk))
+                if self.progress is not None:
+                    self.progress(done, self.data.num_batches)
+
+    def outputs(self, tape: Tape, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Run one batch, check it, and count its samples; outputs are detached."""
+        check_devices(batch, self.device)
+        outputs = tape.run(batch).detach()
+        self.count(outputs, batch.targets)
+        return outputs, batch.targets
+
+    def count(self, outputs: Tensor, targets: Tensor | None) -> None:
+        """Check a batch's outputs and targets, and add its samples to the count."""
+        if not bool(torch.isfinite(outputs).all()):
+            raise NonFiniteError(
+                f"The model's outputs hold NaN or infinity for {self._count_bad(outputs)} of "
+                f"{outputs.shape[0]} samples. Check the inputs for NaN, and the parameters."
+            )
+        if targets is not None:
+            self.likelihood.check(outputs, targets)
+        self.num_samples += outputs.shape[0]
+        if self.per == "position":
+            self.num_positions += int(self.likelihood.num_positions(outputs, targets))
+
+    @staticmethod
+    def _count_bad(outputs: Tensor) -> int:
+        return int((~torch.isfinite(outputs)).flatten(1).any(dim=1).sum())
+
+    def reduce(self, tensors: list[Tensor]) -> None:
+        """Sum tensors and counts over processes."""
+        if self.reducer is None:
+            return
+        counts = torch.tensor(
+            [self.num_samples, self.num_positions], dtype=torch.float64, device=self.device
+        )
+        self.reducer([*tensors, counts])
+        self.num_samples, self.num_positions = (int(count) for count in counts)
+
+    @property
+    def normaliser(self) -> int:
+        """What sums over samples are divided by.
+
+        Raises:
+            ValueError: If every position is ignored.
+        """
+        total = self.num_samples if self.per == "sample" else self.num_positions
+        if total == 0:
+            raise ValueError('per="position" found no observed position: all targets are ignored.')
+        return total
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first measured parameter is."""
+        return self._first_parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result: the parameters' precision, float32 at least."""
+        return torch.promote_types(self._first_parameter.dtype, torch.float32)
+
+    @property
+    def _first_parameter(self) -> Tensor:
+        return self.plan.model.get_parameter(self.plan.layout.names[0])
+
+    def origin(self, structure: Structure, notes: tuple[str, ...] = ()) -> Origin:
+        """What the operator remembers of this measurement."""
+        return Origin(
+            num_samples=self.num_samples,
+            structure=repr(structure),
+            estimator=repr(self.estimator),
+            likelihood=repr(self.likelihood),
+            per=self.per,
+            notes=notes,
+        )
+
+    def coverage(self, represent: Callable[[Block], tuple[str, bool, str]]) -> Coverage:
+        """Coverage, given per block the structure's name, whether it is exact, and a note."""
+        entries = {}
+        for block in self.plan.blocks:
+            structure, exact, note = represent(block)
+            for name in block.parameters:
+                site = self.plan.sites.get(block.name)
+                reason = self.plan.generic.get(name, "")
+                notes = "; ".join(part for part in (reason, note) if part)
+                rule = site.rule.name if site is not None else "generic"
+                entries[name] = CoverageEntry(name, block.name, rule, structure, exact, notes)
+        return Coverage(tuple(entries[name] for name in self.plan.layout.names))
+
+    def require_repeatable(self, what: str) -> None:
+        """Refuse data that can be read only once."""
+        self.data.require_repeatable(what)
+
+    def frozen_randomness(self) -> Callable[[], torch.Generator]:
+        """Generators that all draw the same numbers, so that every pass sees the same labels."""
+        if self.generator is None:
+            start = torch.Generator(self.device)
+            start.manual_seed(int(torch.randint(2**62, ())))
+        else:
+            start = self.generator
+        state = start.get_state()
+
+        def fresh() -> torch.Generator:
+            generator = torch.Generator(start.device)
+            generator.set_state(state)
+            return generator
+
+        return fresh
+
+
+class Structure(ABC):
+    """What is kept of a Fisher matrix, and how it is computed from records."""
+
+    @abstractmethod
+    def build(self, source: Source) -> FisherOperator:
+        """Measure."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class AdditiveStructure(Structure):
+    """A structure whose statistics are sums over samples, block by block.
+
+    Batching, accumulation and reduction over processes are written here; a structure says what is
+    summed and what matrix it makes. Statistics of sequences of any length keep constant memory.
+    """
+
+    @abstractmethod
+    def statistics(self, record: Record) -> Statistics:
+        """Sums over the samples and sweeps of a record."""
+
+    @abstractmethod
+    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
+        """The block's matrix, from sums over all data; `normaliser` is N, or the positions."""
+
+    @abstractmethod
+    def numel(self, block: Block) -> int:
+        """How many numbers are kept for a block."""
+
+    def represent(self, block: Block) -> tuple[str, bool, str]:
+        """Coverage of a block: name of the structure, whether it is exact, a note."""
+        return type(self).__name__, True, ""
+
+    def build(self, source: Source) -> BlockOperator:
+        """Stream over the data and assemble one matrix per block."""
+        self._require_fits(source)
+        sums: dict[str, Statistics] = {}
+        for records in source.sweeps():
+            for record in records:
+                for part in record.split(RECORD_NUMEL):
+                    _accumulate(sums.setdefault(record.block.name, {}), self.statistics(part))
+        source.reduce([tensor for block in sums.values() for tensor in block.values()])
+        _require_finite(sums)
+        matrices = [
+            self.assemble(block, sums[block.name], source.normaliser)
+            for block in source.plan.blocks
+        ]
+        coverage = source.coverage(self.represent)
+        return BlockOperator(source.plan.layout, matrices, coverage, source.origin(self))
+
+    def _require_fits(self, source: Source) -> None:
+        sizes = {block.name: self.numel(block) for block in source.plan.blocks}
+        widest = max(sizes, key=lambda name: sizes[name])
+        memory.require(
+            sum(sizes.values()) * source.dtype.itemsize,
+            source.device,
+            what=f"{self!r} of {source.plan.layout.num_parameters} parameters "
+            f"(most of it for {widest!r})",
+            instead=self.instead,
+        )
+
+    instead = (
+        "nm.Kronecker() keeps two small factors per layer, nm.Diagonal() one number per "
+        "parameter; params=[...] measures a part of the model."
+    )
+
+
+def _accumulate(total: Statistics, part: Statistics) -> None:
+    for name, value in part.items():
+        if name in total:
+            total[name] += value
+        else:
+            total[name] = value
+
+
+def _require_finite(sums: dict[str, Statistics]) -> None:
+    bad = [
+        name
+        for name, statistics in sums.items()
+        if not all(bool(torch.isfinite(value).all()) for value in statistics.values())
+    ]
+    if bad:
+        raise NonFiniteError(
+            f"NaN or infinity in the statistics of {bad}: a gradient overflowed. Measure in a "
+            f"wider precision (model.double()), or look at the layers above these."
+        )
+
+
+def unsupported_reducer(what: str) -> UnsupportedError:
+    """For structures whose statistics cannot be summed over processes."""
+    return UnsupportedError(
+        f"{what} keeps every sample and cannot be summed over processes. Use an additive "
+        f"structure such as nm.Kronecker() or nm.Diagonal() with reducer=..."
+    )

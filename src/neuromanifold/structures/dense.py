@@ -1,0 +1,75 @@
+"""Full matrices: of the whole model, or of each layer."""
+
+from __future__ import annotations
+
+import torch
+
+from neuromanifold.layers import Record
+from neuromanifold.linalg import Block, memory
+from neuromanifold.operators import BlockOperator, Matrices
+from neuromanifold.structures._base import AdditiveStructure, Source, Statistics, Structure
+
+__all__ = ["BlockDiagonal", "Dense"]
+
+
+class Dense(Structure):
+    """The whole matrix `(P, P)`. For models of up to some thousand parameters.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = nm.fisher(model, nm.Gaussian(), x, nm.Dense(), estimator=nm.Exact())
+        >>> F.to_dense().shape
+        torch.Size([8, 8])
+    """
+
+    def build(self, source: Source) -> BlockOperator:
+        """Sum the outer products of whole per-sample gradients."""
+        layout = source.plan.layout
+        p = layout.num_parameters
+        memory.require(
+            p * p * source.dtype.itemsize,
+            source.device,
+            what=f"Dense() of {p} parameters",
+            instead="nm.Gram() has the same eigenvalues, products and solves without the matrix; "
+            "nm.Kronecker() and nm.BlockDiagonal() keep one matrix per layer.",
+        )
+        total = torch.zeros(p, p, dtype=source.dtype, device=source.device)
+        for records in source.sweeps():
+            rows = None
+            for record in records:
+                gradients = record.per_sample().transpose(1, 2).flatten(0, 1)  # (V·N, G, O, I)
+                if rows is None:
+                    rows = torch.empty(len(gradients), p, dtype=total.dtype, device=total.device)
+                record.block.write(gradients, rows, layout)
+            assert rows is not None
+            total.addmm_(rows.T, rows)
+        source.reduce([total])
+        whole = Block.whole(layout)
+        matrix = Matrices(whole, total[None] / source.normaliser)
+        coverage = source.coverage(lambda _: ("Dense", True, ""))
+        return BlockOperator(layout, [matrix], coverage, source.origin(self))
+
+
+class BlockDiagonal(AdditiveStructure):
+    """One full matrix per layer, `(G·O·I, G·O·I)`; nothing between layers.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        >>> F = nm.fisher(model, nm.Gaussian(), torch.randn(8, 3), nm.BlockDiagonal())
+        >>> F.block("1").shape
+        (10, 10)
+    """
+
+    def statistics(self, record: Record) -> Statistics:
+        """Outer products of the layer's per-sample gradient."""
+        return {"moment": record.block_moment()}
+
+    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> Matrices:
+        """Their mean."""
+        return Matrices(block, statistics["moment"][None] / normaliser)
+
+    def numel(self, block: Block) -> int:
+        """The square of the layer's parameters."""
+        return block.num_parameters**2

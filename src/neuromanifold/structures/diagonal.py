@@ -1,0 +1,80 @@
+"""One number per parameter: `F_ii = E[(∂_i log p)²]`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from neuromanifold.layers import Record
+from neuromanifold.linalg import Block, psd
+from neuromanifold.operators import BlockMatrix
+from neuromanifold.structures._base import AdditiveStructure, Statistics
+
+__all__ = ["Diagonal", "DiagonalMatrix"]
+
+
+class Diagonal(AdditiveStructure):
+    """The diagonal of the Fisher matrix. Cheapest; exact entries, no interactions.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = nm.fisher(model, nm.Gaussian(), x, nm.Diagonal(), estimator=nm.Exact())
+        >>> F.diagonal()["bias"]
+        tensor([1., 1.])
+    """
+
+    def statistics(self, record: Record) -> Statistics:
+        """Squared per-sample gradients."""
+        return {"squares": record.squared()}
+
+    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> DiagonalMatrix:
+        """Their mean."""
+        return DiagonalMatrix(block, statistics["squares"] / normaliser)
+
+    def numel(self, block: Block) -> int:
+        """One per parameter."""
+        return block.num_parameters
+
+
+class DiagonalMatrix(BlockMatrix):
+    """A diagonal matrix, `(G, O, I)` numbers."""
+
+    kind = "diagonal"
+
+    def __init__(self, block: Block, values: Tensor) -> None:
+        super().__init__(block)
+        self.values = values
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Entrywise."""
+        return self.values * x
+
+    def function(self, function: psd.Function, x: Tensor) -> Tensor:
+        """Entrywise."""
+        return function(self.values) * x
+
+    def eigenvalues(self) -> Tensor:
+        """The entries."""
+        return self.values.flatten()
+
+    def diagonal(self) -> Tensor:
+        """The entries."""
+        return self.values
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The entries."""
+        return {"values": self.values}
+
+    def scaled(self, factor: float) -> DiagonalMatrix:
+        """Entrywise."""
+        return DiagonalMatrix(self.block, self.values * factor)
+
+    def plus(self, other: BlockMatrix) -> DiagonalMatrix | None:
+        """Entrywise."""
+        if isinstance(other, DiagonalMatrix):
+            return DiagonalMatrix(self.block, self.values + other.values)
+        return None
+
+    def restrict(self, block: Block, columns: list[int]) -> DiagonalMatrix:
+        """Some columns."""
+        return DiagonalMatrix(block, self.values[..., columns])

@@ -1,0 +1,102 @@
+"""Products `F v` from the model and the data, without keeping anything (papers.md §4.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from neuromanifold._typing import Params
+from neuromanifold.capture import Tape, check_devices, differentiable_twice, functional_model
+from neuromanifold.operators import FisherOperator
+from neuromanifold.structures._base import Source, Structure, unsupported_reducer
+from neuromanifold.structures.diagonal import Diagonal
+
+__all__ = ["Implicit", "ImplicitOperator"]
+
+NOTE = "products run attention by the plain mathematics kernel, whose derivatives exist twice"
+
+
+class Implicit(Structure):
+    """Products only: one forward-mode and one reverse-mode pass over the data for each.
+
+    Needs no memory beyond a backward pass. The operator keeps the model and the data; it sees the
+    parameters as they are when a product is taken. Sampled labels are the same in every product.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = nm.fisher(model, nm.Gaussian(), x, nm.Implicit(), estimator=nm.Exact())
+        >>> (F @ torch.ones(8)).shape
+        torch.Size([8])
+    """
+
+    def build(self, source: Source) -> ImplicitOperator:
+        """Check that the data can be read again, count them, and fix the randomness."""
+        if source.reducer is not None:
+            raise unsupported_reducer("Implicit()")
+        source.require_repeatable("Implicit()")
+        fresh = source.frozen_randomness()
+        with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
+            for done, batch in enumerate(source.data, start=1):
+                source.outputs(tape, batch)
+                if source.progress is not None:
+                    source.progress(done, source.data.num_batches)
+        return ImplicitOperator(self, source, fresh)
+
+
+class ImplicitOperator(FisherOperator):
+    """`F v = (1/N) Σ_n J_nᵀ Σ_out(n) J_n v`, evaluated when asked."""
+
+    def __init__(
+        self, structure: Implicit, source: Source, fresh: Callable[[], torch.Generator]
+    ) -> None:
+        super().__init__(
+            source.plan.layout,
+            source.coverage(lambda _: ("Implicit", True, "")),
+            source.origin(structure, (NOTE,)),
+            dtype=source.dtype,
+            device=source.device,
+        )
+        self._source = source
+        self._fresh = fresh
+        self._normaliser = source.normaliser
+
+    def _matmat(self, rows: Tensor) -> Tensor:
+        source, generator = self._source, self._fresh()
+        parameters = dict(source.plan.model.named_parameters())
+        params = {name: parameters[name].detach() for name in self.layout.names}
+        function = functional_model(source.plan, source.forward, source.likelihood.canonical)
+        tangents = {
+            name: rows[:, s].reshape(-1, *self.layout.shapes[name]).to(params[name].dtype)
+            for name, s in self.layout.slices.items()
+        }
+        total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        for batch in source.data:
+            check_devices(batch, self.device)
+
+            def of_params(params: Params, inputs: Any = batch.inputs) -> Tensor:
+                return function(params, inputs)
+
+            with differentiable_twice():
+                outputs, pull = vjp(of_params, params)[:2]
+
+                def push(tangent: Params, of_params: Any = of_params) -> Tensor:
+                    return jvp(of_params, (params,), (tangent,))[1]
+
+                pushed = vmap(push)(tangents)
+                product = source.estimator.output_product(
+                    source.likelihood, outputs, batch.targets, pushed, generator=generator
+                )
+                pulled = vmap(pull)(product.to(outputs.dtype))[0]
+            for name, s in self.layout.slices.items():
+                total[:, s] += pulled[name].flatten(1)
+        return total / self._normaliser
+
+    def _diagonal(self) -> Tensor:
+        again = replace(self._source, generator=self._fresh(), progress=None)
+        return Diagonal().build(again)._diagonal()
