@@ -99,7 +99,7 @@ def test_poisson_moments_by_summation() -> None:
 
 
 def hermite(num_nodes: int, mean: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Targets and weights that are exact for polynomials of degree 2 · nodes − 1, entry by entry."""
+    """Targets and weights that are exact for polynomials of degree 2 · nodes − 1 per entry."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
     weights = weights / weights.sum()
     points = []
@@ -113,14 +113,14 @@ def hermite(num_nodes: int, mean: Tensor, scale: Tensor) -> list[tuple[Tensor, T
 @pytest.mark.parametrize(
     ("likelihood", "variance"),
     [
-        (Gaussian(0.3), torch.full((2,), 0.3)),
-        (Gaussian(torch.tensor([0.5, 2.0])), torch.tensor([0.5, 2.0])),
-        (Gaussian(0.5, per_event=True), torch.ones(2)),
+        (Gaussian(0.3), torch.full((2,), 0.3, dtype=torch.float64)),
+        (Gaussian(torch.tensor([0.5, 2.0])), torch.tensor([0.5, 2.0], dtype=torch.float64)),
+        (Gaussian(0.5, per_event=True), torch.ones(2, dtype=torch.float64)),
     ],
 )
 def test_gaussian_moments_by_quadrature(likelihood: Likelihood, variance: Tensor) -> None:
     outputs = randn(3, 2)
-    check_moments(likelihood, outputs, hermite(6, outputs, variance.double().sqrt()))
+    check_moments(likelihood, outputs, hermite(6, outputs, variance.sqrt()))
 
 
 @pytest.mark.parametrize("log_variance", [True, False])
@@ -186,6 +186,14 @@ def test_singular_fisher_has_no_spurious_columns() -> None:
                 td.Normal(0 * f.detach(), 1.0), td.AffineTransform(f, 2.0)
             ),
             "transforms depend on the outputs",
+        ),
+        (
+            lambda f: td.TransformedDistribution(td.Normal(f, 1.0), td.transforms.AbsTransform()),
+            "not one-to-one",
+        ),
+        (
+            lambda f: td.Independent(td.Laplace(f.unsqueeze(1), 1.0), 1),
+            "kink",
         ),
     ],
 )

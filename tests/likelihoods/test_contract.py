@@ -127,6 +127,18 @@ CASES = [
         randn(3).exp(),
     ),
     Case(
+        "from gumbel",
+        FromDistribution(lambda f: td.Gumbel(f[:, 0], f[:, 1].exp())),
+        randn(3, 2) / 2,
+        randn(3),
+    ),
+    Case(
+        "from half normal",
+        FromDistribution(lambda f: td.HalfNormal(f.exp())),
+        randn(3),
+        randn(3).exp(),
+    ),
+    Case(
         "from categorical",
         FromDistribution(lambda f: td.Categorical(logits=f)),
         randn(3, 4),

@@ -37,13 +37,7 @@ def test_a_case_is_the_same_each_time_and_leaves_the_global_generator_alone(
 
 
 def test_positions_are_ignored_in_some_cases() -> None:
-    ignoring = {
-        case.name
-        for case in cases.CASES
-        if (observed := case.likelihood.observed(case.model()(case.data()[0]), case.data()[1]))
-        is not None
-        and not observed.all()
-    }
+    ignoring = {case.name for case in cases.CASES if (case.data()[1] == -100).any()}
     assert {"sequence_positions-categorical", "conv2d_positions-categorical_axis1"} <= ignoring
 
 

@@ -51,11 +51,13 @@ def test_a_result_that_cannot_travel_is_reported() -> None:
 
 
 def test_a_killed_rank_is_named() -> None:
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die_on_one() -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.barrier()  # loses its peer and reports so
 
-    with pytest.raises(RuntimeError, match="Rank 0 of 1 ended with exit code -9"):
-        run_ranks(die, 1)
+    with pytest.raises(RuntimeError, match="Rank 1 of 2 ended with exit code -9"):
+        run_ranks(die_on_one, 2)
 
 
 def test_hanging_ranks_are_ended_and_named() -> None:

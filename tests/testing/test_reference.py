@@ -493,6 +493,28 @@ def test_parameters_without_an_input_factor_keep_their_exact_diagonal() -> None:
         assert_same(actual[rows], exact.diagonal().diag()[rows])
 
 
+class Partial(nn.Module):
+    """A layer that is called, one that is not used, and one whose weight is read directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+        self.bypassed = nn.Linear(3, 2)
+        self.called = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(F.linear(x, self.bypassed.weight, self.bypassed.bias))
+
+
+def test_a_layer_that_is_never_called_keeps_its_exact_diagonal() -> None:
+    model, x = Partial().double(), randn(N, 3)
+    exact = reference.dense_fisher(model, Categorical(), x)
+    actual = reference.kronecker(model, Categorical(), x)
+    assert_same(actual[:14], exact.diagonal().diag()[:14])
+    assert exact[:6].count_nonzero() == 0
+    assert exact[6:14].count_nonzero() > 0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -46,15 +46,15 @@ def functional_model(
 def differentiable_twice() -> Iterator[None]:
     """Kernels that torch.func can transform: attention by plain mathematics, no fused fast path."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    mkldnn = torch.backends.mkldnn.enabled
+    mkldnn = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False  # its recurrent layers have no forward mode
+    torch._C._set_mkldnn_enabled(False)  # its recurrent layers have no forward mode
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch.backends.mkldnn.enabled = mkldnn
+        torch._C._set_mkldnn_enabled(mkldnn)
 
 
 def per_sample_gradients(

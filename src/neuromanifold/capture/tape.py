@@ -43,6 +43,7 @@ class _Use:
     """One call of a module during the forward pass."""
 
     x: Tensor | None
+    version: int
     edge: GradientEdge
     shape: torch.Size
     dtype: torch.dtype
@@ -161,8 +162,10 @@ class Tape:
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
             x = (args[0] if args else next(iter(kwargs.values()))).detach() if needs_input else None
+            version = 0 if x is None else x._version
             edge = get_gradient_edge(output)
-            self._uses[name].append(_Use(x, edge, output.shape, output.dtype, output.device))
+            use = _Use(x, version, edge, output.shape, output.dtype, output.device)
+            self._uses[name].append(use)
 
         return hook
 
@@ -234,6 +237,12 @@ class Tape:
     def _call(self, name: str, use: _Use, g: Tensor) -> Call:
         """A use with its samples brought to the front: rows `(N·folded, ...)`."""
         site, arrangement = self.plan.sites[name], self._arrangements[name]
+        if use.x is not None and use.x._version != use.version:
+            raise CaptureError(
+                f"The input of {name!r} was changed in place after the layer had used it, so its "
+                f"gradient cannot be formed (a backward pass fails too). Make that operation "
+                f"out-of-place."
+            )
         num_samples = self._outputs.shape[0]
         x = None if use.x is None else _samples_first(use.x, num_samples, arrangement, 0)
         g = _samples_first(g, num_samples, arrangement, 1)

@@ -107,14 +107,14 @@ def analyze(
     with _readable_errors(debug):
         check_page(page)
         with contextlib.redirect_stdout(sys.stderr):
-            from neuromanifold.cli.target import first_samples, load_target
-
-            model, likelihood, data = load_target(target)
-            note(f"Measuring the Fisher information of {target}")
             import torch
 
+            from neuromanifold.cli.target import first_samples, load_target
             from neuromanifold.report import collect
 
+            torch.manual_seed(seed)  # for what the target draws: weights, batches
+            model, likelihood, data = load_target(target)
+            note(f"Measuring the Fisher information of {target}")
             analysis = collect(
                 model,
                 likelihood,

@@ -234,7 +234,7 @@ class Record:
         return full
 
     def output_moment(self, *, reduce: bool) -> Tensor:
-        """`Σ g gᵀ` over samples, sweeps and positions, `(G, O, O)`; reduce: g summed over them."""
+        """`Σ g gᵀ` over samples, sweeps, positions, `(G, O, O)`; reduce: g summed over positions."""
         g = self.g.sum(dim=3, keepdim=True) if reduce else self.g
         g = g.transpose(0, 1).flatten(1, 3)  # (G, V·N·T, O)
         return psd.second_moment(g)

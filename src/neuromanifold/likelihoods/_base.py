@@ -58,10 +58,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def fisher_columns(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Columns `s_c`, each like `outputs`, with `Σ_c s_c s_cᵀ` = output Fisher of every sample.
-
-        With several positions each column is non-zero at one position only.
-        """
+        """Columns `s_c`, each like `outputs`: `Σ_c s_c s_cᵀ` is the output Fisher per sample."""
 
     def canonical(self, outputs: Outputs) -> Tensor:
         """The outputs as one differentiable tensor `(N, ...)`.
@@ -107,7 +104,7 @@ class Likelihood(ABC):
             support = distribution.support
         except NotImplementedError:
             support = None  # The distribution does not say; its own log_prob will.
-        if support is not None and not support.check(targets).all():  # type: ignore[no-untyped-call]
+        if support is not None and not support.check(targets).all():
             raise ValueError(
                 f"{self!r} expects targets that are {self.target_values}, got values in "
                 f"[{targets.min().item():g}, {targets.max().item():g}]."
@@ -173,15 +170,15 @@ class Likelihood(ABC):
             total += rademacher(shape, outputs, generator) * column
         yield from total.unbind()
 
-    def observed(self, outputs: Outputs, targets: Tensor | None) -> Tensor | None:  # noqa: ARG002
+    def observed(self, outputs: Outputs, targets: Tensor | None) -> Tensor | None:
         """Which positions count, boolean `(N, *T)`; None if all do."""
         return None
 
-    def mask_cotangent(self, u: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:  # noqa: ARG002
+    def mask_cotangent(self, u: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Zero `u`, which may have extra leading axes, at the positions that do not count."""
         return u
 
-    def num_positions(self, outputs: Outputs, targets: Tensor | None) -> Tensor:  # noqa: ARG002
+    def num_positions(self, outputs: Outputs, targets: Tensor | None) -> Tensor:
         """How many positions of the batch count, an integer `()`.
 
         One per sample, whatever the event shape, unless the likelihood has a position axis.

@@ -90,9 +90,7 @@ class Categorical(Likelihood):
     def distribution(self, outputs: Outputs) -> Distribution:
         """Independent categorical labels; positions to ignore are not left out."""
         logits = self._classes_last(at_least_float32(self.canonical(outputs)))
-        return Independent(
-            TorchCategorical(logits=logits, validate_args=False), logits.ndim - 2, False
-        )
+        return Independent(TorchCategorical(logits=logits, validate_args=False), logits.ndim - 2)
 
     def log_prob(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Log-probability of the labels at the positions that count, `(N,)` nats."""
@@ -160,7 +158,7 @@ class Categorical(Likelihood):
             signed = root * rademacher(p.shape, p, generator)
             yield self._back(signed - p * signed.sum(-1, keepdim=True), outputs)
 
-    def observed(self, outputs: Outputs, targets: Tensor | None) -> Tensor | None:  # noqa: ARG002
+    def observed(self, outputs: Outputs, targets: Tensor | None) -> Tensor | None:
         """Which positions have a label, boolean `(N, *T)`; None without targets."""
         return None if targets is None else targets != self.ignore_index
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import (
     Distribution,
+    Gumbel,
+    HalfNormal,
     Laplace,
     Pareto,
     TransformedDistribution,
@@ -97,15 +99,19 @@ class FromDistribution(Likelihood):
                 raise self._no_columns("torch has no KL divergence for it") from None
             (gradient,) = torch.autograd.grad(kl.sum(), theta, create_graph=True)
             rows = [
-                torch.autograd.grad(entry.sum(), theta, retain_graph=True)[0].reshape(
-                    len(theta), -1
-                )
+                torch.autograd.grad(entry.sum(), theta, retain_graph=True)[0]
                 for entry in gradient.reshape(len(theta), -1).unbind(1)
             ]
-        return torch.stack(rows, dim=1)
+        return torch.stack(rows, dim=1).reshape(len(theta), len(rows), -1)
 
     def _require_smooth_kl(self, distribution: Distribution, theta: Tensor) -> None:
         """Refuse where torch's KL divergence exists but its Hessian is not the Fisher."""
+        if isinstance(distribution, (Uniform, Pareto)):
+            raise self._no_columns("its support moves with the outputs, so no Fisher exists")
+        if isinstance(distribution, Laplace):
+            raise self._no_columns("its KL divergence has a kink where the two arguments agree")
+        if isinstance(distribution, (Gumbel, HalfNormal)):
+            return  # Transformed distributions, but torch knows their KL divergence itself.
         if isinstance(distribution, TransformedDistribution):
             base = distribution.base_dist
             x = theta.new_zeros(base.batch_shape + base.event_shape)
@@ -113,10 +119,8 @@ class FromDistribution(Likelihood):
                 x = transform(x)
             if x.requires_grad:
                 raise self._no_columns("its transforms depend on the outputs, which KL overlooks")
-        elif isinstance(distribution, (Uniform, Pareto)):
-            raise self._no_columns("its support moves with the outputs, so no Fisher exists")
-        elif isinstance(distribution, Laplace):
-            raise self._no_columns("its KL divergence has a kink where the two arguments agree")
+            if not all(transform.bijective for transform in distribution.transforms):
+                raise self._no_columns("its transforms are not one-to-one, which KL overlooks")
         if hasattr(distribution, "base_dist"):
             self._require_smooth_kl(distribution.base_dist, theta)
 

@@ -93,7 +93,7 @@ class Gaussian(DiagonalLikelihood):
     def _information(self, outputs: Tensor) -> Tensor:
         return self._variance(at_least_float32(outputs)).reciprocal()
 
-    def _fourth_cumulants(self, outputs: Tensor, j: Tensor) -> Tensor:  # noqa: ARG002
+    def _fourth_cumulants(self, outputs: Tensor, j: Tensor) -> Tensor:
         return torch.zeros_like(j)
 
 
@@ -151,8 +151,7 @@ class GaussianMeanVariance(DiagonalLikelihood):
     def distribution(self, outputs: Outputs) -> Distribution:
         """Independent normal targets."""
         mean, variance = self._split(self.canonical(outputs))
-        normal = Normal(mean, variance.sqrt(), validate_args=False)
-        return Independent(normal, mean.ndim - 1)
+        return Independent(Normal(mean, variance.sqrt(), validate_args=False), mean.ndim - 1)
 
     def score(self, outputs: OutputsT, targets: Tensor) -> OutputsT:
         """`z/σ` for the mean with `z = (y − mean)/σ`; `(z² − 1)/2` for the log variance."""

@@ -184,6 +184,10 @@ class FisherOperator(ABC):
         """Sum of the diagonal, a scalar tensor in nats/parameter²."""
         return self._diagonal().sum()
 
+    def norm(self) -> Tensor:
+        """Frobenius norm, a scalar tensor in nats/parameter²."""
+        return self.eigenvalues().square().sum().sqrt()
+
     def diagonal(self) -> Params:
         """The diagonal, shaped like the parameters."""
         return self.layout.unflatten(self._diagonal())

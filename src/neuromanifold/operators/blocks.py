@@ -62,6 +62,10 @@ class BlockMatrix(ABC):
     def restrict(self, block: Block, columns: list[int]) -> BlockMatrix:
         """The part of some fan-in columns, for the smaller `block`."""
 
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Frobenius norm."""
+
     def plus(self, other: BlockMatrix) -> BlockMatrix | None:
         """The sum, if it has the same kind."""
         return None
@@ -109,6 +113,10 @@ class Matrices(BlockMatrix):
     def diagonal(self) -> Tensor:
         """Of all matrices."""
         return self.matrices.diagonal(dim1=-2, dim2=-1).reshape(self.block.shape)
+
+    def norm(self) -> Tensor:
+        """Over all entries."""
+        return torch.linalg.vector_norm(self.matrices)
 
     def tensors(self) -> dict[str, Tensor]:
         """The matrices."""
@@ -180,6 +188,10 @@ class BlockOperator(FisherOperator):
         """Eigenvalues of all blocks in descending order, or the `k` largest."""
         values = torch.cat([matrix.eigenvalues() for matrix in self.blocks])
         return values.sort(descending=True).values[:k]
+
+    def norm(self) -> Tensor:
+        """Frobenius norm, a scalar tensor in nats/parameter²."""
+        return torch.linalg.vector_norm(torch.stack([matrix.norm() for matrix in self.blocks]))
 
     def _diagonal(self) -> Tensor:
         out = torch.empty(1, self.num_parameters, dtype=self.dtype, device=self.device)

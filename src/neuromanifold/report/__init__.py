@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from neuromanifold.report.collect import collect
 from neuromanifold.report.render import render
 
-__all__ = ["render"]
+__all__ = ["collect", "render"]

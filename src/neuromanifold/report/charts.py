@@ -2,7 +2,7 @@
 
 They hold data and axes but no colours or fonts: the page adds those when it draws, from its style
 sheet, once for a light screen and once for a dark one. A mark that is not in the first accent
-colour says so with a style name that the page knows: `reference` or `note`.
+colour says so by a style that the page knows: `reference` or `ring`.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def share_bars(rows: Rows, description: str) -> Spec:
             alt.Tooltip("parameter_share:Q", format=".1%", title="share of the parameters"),
         ],
     )
-    axis = alt.Axis(title="share of the whole (%)", format="%", tickCount=5)
+    axis = alt.Axis(title="share of the network (%)", format="%", tickCount=5)
     bars = base.mark_bar().encode(x=alt.X("trace_share:Q", axis=axis))
-    ticks = base.mark_tick(style="reference", thickness=3).encode(x="parameter_share:Q")
+    ticks = base.mark_tick(style="reference", thickness=5).encode(x="parameter_share:Q")
     return _finish(bars + ticks, description, _room_for(len(rows)))
 
 
 def diagonal_quantiles(rows: Rows, description: str) -> Spec:
-    """A line from the 5 % to the 95 % quantile, a bar over the middle half, a tick at the median.
+    """A line from the 5% to the 95% quantile, a bar over the middle half, a tick at the median.
 
     Args:
         rows: `parameter` and `q05`, `q25`, `q50`, `q75`, `q95` in nats per parameter², at least
@@ -69,33 +69,35 @@ def diagonal_quantiles(rows: Rows, description: str) -> Spec:
     positive = [row[q] for row in rows for q in quantiles if row[q] > 0]
     low, high = _decades(min(positive), max(positive))
     shown = [{**row, **{f"x{q}": max(row[q], 10.0**low) for q in quantiles}} for row in rows]
-    title = "diagonal entry of the Fisher matrix (nats per parameter²)"
+    title = "diagonal entry (nats per parameter²)"
     x = _log_x("xq05:Q", title, low, high)
     base = alt.Chart(alt.Data(values=shown)).encode(
         y=_names("parameter"),
         tooltip=[
             alt.Tooltip("parameter:N"),
-            *(alt.Tooltip(f"{q}:Q", format=".3~g", title=f"{q[1:]} % below") for q in quantiles),
+            *(
+                alt.Tooltip(f"{q}:Q", format=".3~g", title=f"{q[1:].lstrip('0')}% below")
+                for q in quantiles
+            ),
         ],
     )
     lines = base.mark_rule().encode(x=x, x2="xq95")
     bars = base.mark_bar(size=10).encode(x="xq25:Q", x2="xq75")
-    ticks = base.mark_tick(style="reference", thickness=3).encode(x="xq50:Q")
+    ticks = base.mark_tick(style="reference", thickness=5).encode(x="xq50:Q")
     return _finish(lines + bars + ticks, description, _room_for(len(rows)))
 
 
-def spectrum(rows: Rows, description: str, *, rounding: float | None) -> Spec:
+def spectrum(rows: Rows, description: str) -> Spec:
     """Eigenvalues against their rank, both on logarithmic axes.
 
     Args:
         rows: `rank` from 1 and `eigenvalue` in nats per parameter², positive.
         description: read out by screen readers.
-        rounding: where to draw the limit below which eigenvalues are rounding, in the same unit.
     """
     values = [row["eigenvalue"] for row in rows]
     low, high = _decades(min(values), max(values))
     _, last = _decades(1, max(row["rank"] for row in rows))
-    points = (
+    chart = (
         alt.Chart(alt.Data(values=rows))
         .mark_circle(size=22, opacity=0.9)
         .encode(
@@ -104,14 +106,7 @@ def spectrum(rows: Rows, description: str, *, rounding: float | None) -> Spec:
             tooltip=["rank:Q", alt.Tooltip("eigenvalue:Q", format=".3~g")],
         )
     )
-    if rounding is None:
-        return _finish(points, description, _HEIGHT)
-    limit = alt.Chart(alt.Data(values=[{"eigenvalue": rounding, "rank": 1}])).encode(
-        y="eigenvalue:Q"
-    )
-    line = limit.mark_rule(style="note", strokeDash=[4, 4])
-    label = limit.mark_text(style="note", align="left", dx=4, dy=-7, text="limit of rounding")
-    return _finish(points + line + label.encode(x="rank:Q"), description, _HEIGHT)
+    return _finish(chart, description, _HEIGHT)
 
 
 def dimension_curve(rows: Rows, description: str, *, reference: Mapping[str, float]) -> Spec:
@@ -123,11 +118,13 @@ def dimension_curve(rows: Rows, description: str, *, reference: Mapping[str, flo
         reference: `damping` and `value` of the point.
     """
     dampings = [row["damping"] for row in rows]
-    x = _log_x("damping:Q", "damping (nats per parameter²)", *_decades(min(dampings), max(dampings)))
+    x = _log_x(
+        "damping:Q", "damping (nats per parameter²)", *_decades(min(dampings), max(dampings))
+    )
     y = alt.Y("value:Q", axis=alt.Axis(title="effective dimension (directions)", tickCount=6))
     tooltip = [alt.Tooltip(f"{name}:Q", format=".3~g") for name in ("damping", "value")]
     curve = alt.Chart(alt.Data(values=rows)).mark_line(point={"size": 24})
-    point = alt.Chart(alt.Data(values=[reference])).mark_point(style="reference", size=130)
+    point = alt.Chart(alt.Data(values=[reference])).mark_point(style="ring", size=130)
     return _finish(
         curve.encode(x=x, y=y, tooltip=tooltip) + point.encode(x="damping:Q", y="value:Q"),
         description,
@@ -147,7 +144,7 @@ def grouped_error_bars(rows: Rows, description: str) -> Spec:
         alt.Chart(alt.Data(values=rows))
         .mark_bar()
         .encode(
-            x=_error("error of the layer's block, ‖F − K‖ / ‖F‖"),
+            x=_error("relative error ‖F − K‖ / ‖F‖"),
             y=_names("layer"),
             yOffset=alt.YOffset("structure:N", sort=structures),
             color=alt.Color(
@@ -166,7 +163,7 @@ def error_bars(rows: Rows, description: str) -> Spec:
         alt.Chart(alt.Data(values=rows))
         .mark_bar()
         .encode(
-            x=_error("error of the whole matrix, ‖F − K‖ / ‖F‖"),
+            x=_error("relative error ‖F − K‖ / ‖F‖"),
             y=_names("structure"),
             tooltip=["structure:N", alt.Tooltip("error:Q", format=".3~g")],
         )

@@ -32,7 +32,7 @@ def reference_damping(analysis: Mapping[str, Any]) -> float | None:
     Relative to the spectrum, so that the count does not depend on the scale of the loss.
 
     Returns:
-        In nats per parameter²; None if the spectrum was not measured.
+        In nats per parameter²; None if no eigenvalue above zero was measured.
     """
     spectrum = analysis.get("spectrum")
     return spectrum["eigenvalues"][0] / 100 if spectrum and spectrum["eigenvalues"] else None
@@ -98,13 +98,13 @@ def _effective_dimension(analysis: Mapping[str, Any]) -> Fact:
     label, term = "Effective dimension", "term-effective-dimension"
     damping = reference_damping(analysis)
     if damping is None:
-        return Fact(label, MISSING, "", "Needs the spectrum, which was not measured.", term)
+        return Fact(label, MISSING, "directions", "No eigenvalue above zero was measured.", term)
     value = effective_dimension(analysis["spectrum"]["eigenvalues"], damping)
     caption = (
-        f"How many of {count(analysis['spectrum']['total_dimension'])} directions matter, against "
-        f"a damping of a hundredth of the largest eigenvalue."
+        f"How many of {count(analysis['spectrum']['total_dimension'])} matter, against a damping "
+        f"of {quantity(damping)}, a hundredth of the largest eigenvalue."
     )
-    return Fact(label, quantity(value), f"directions at damping {quantity(damping)}", caption, term)
+    return Fact(label, quantity(value), "directions", caption, term)
 
 
 def _parameters(analysis: Mapping[str, Any]) -> Fact:

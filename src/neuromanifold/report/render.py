@@ -67,7 +67,10 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("page.html").render(
-        title=title, models=models, drawing_library=_drawing_library(), version=version("neuromanifold")
+        title=title,
+        models=models,
+        drawing_library=_drawing_library(),
+        version=version("neuromanifold"),
     )
 
 
@@ -100,4 +103,4 @@ def _drawing_library() -> str:
     import vl_convert
 
     major_minor = alt.SCHEMA_VERSION.rpartition(".")[0]
-    return vl_convert.javascript_bundle(vl_version=major_minor)
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=major_minor)

@@ -163,9 +163,10 @@ class Source:
             for name in block.parameters:
                 site = self.plan.sites.get(block.name)
                 reason = self.plan.generic.get(name, "")
-                notes = "; ".join(part for part in (reason, note) if part)
                 rule = site.rule.name if site is not None else "generic"
-                entries[name] = CoverageEntry(name, block.name, rule, structure, exact, notes)
+                entries[name] = CoverageEntry(
+                    name, block.name, rule, structure, exact, reason or note
+                )
         return Coverage(tuple(entries[name] for name in self.plan.layout.names))
 
     def require_repeatable(self, what: str) -> None:

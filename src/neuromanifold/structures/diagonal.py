@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from neuromanifold.layers import Record
@@ -60,6 +61,10 @@ class DiagonalMatrix(BlockMatrix):
     def diagonal(self) -> Tensor:
         """The entries."""
         return self.values
+
+    def norm(self) -> Tensor:
+        """Over all entries."""
+        return torch.linalg.vector_norm(self.values)
 
     def tensors(self) -> dict[str, Tensor]:
         """The entries."""

@@ -345,6 +345,31 @@ class GramOperator(FisherOperator):
 
     _last_factor: tuple[float, Tensor] | None = None
 
+    def norm(self) -> Tensor:
+        """Frobenius norm, a scalar tensor in nats/parameter²."""
+        return torch.linalg.matrix_norm(self.gram)
+
+    def overlap(self, other: FisherOperator) -> Tensor:
+        """`⟨F, S⟩ = Σ_r û_rᵀ S û_r` with another Fisher matrix, a scalar tensor.
+
+        With the two Frobenius norms it gives `‖F − S‖` without either matrix.
+        """
+        if other.layout != self.layout:
+            raise ValueError("overlap needs two Fisher matrices over the same parameters.")
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        step = max(_TEMPORARY_NUMEL // self.num_parameters, 1)
+        for start in range(0, self.num_rows, step):
+            some = torch.zeros(
+                self.num_rows,
+                min(step, self.num_rows - start),
+                dtype=self.dtype,
+                device=self.device,
+            )
+            some[start : start + step].fill_diagonal_(1)
+            gradients = self._combine(some)
+            total += (gradients * other._matmat(gradients)).sum()
+        return total
+
     def _diagonal(self) -> Tensor:
         out = torch.empty(1, self.num_parameters, dtype=self.dtype, device=self.device)
         for i, block in enumerate(self._blocks):

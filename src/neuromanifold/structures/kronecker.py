@@ -82,7 +82,7 @@ class Kronecker(AdditiveStructure):
         """Kronecker where there are inputs, Diagonal elsewhere."""
         if _has_inputs(block):
             return "Kronecker", False, ""
-        return "Diagonal", True, "no inputs, so no input factor"
+        return "Diagonal", True, "only a bias, which has no input factor"
 
 
 def _has_inputs(block: Block) -> bool:
@@ -116,6 +116,11 @@ class KroneckerMatrix(BlockMatrix):
     def diagonal(self) -> Tensor:
         """Products of the factors' diagonals."""
         return _outer(_diagonal(self.outputs), _diagonal(self.inputs))
+
+    def norm(self) -> Tensor:
+        """Products of the factors' norms, over groups."""
+        norms = self.inputs.flatten(1).norm(dim=1) * self.outputs.flatten(1).norm(dim=1)
+        return norms.norm()
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors."""

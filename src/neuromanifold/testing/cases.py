@@ -6,8 +6,7 @@ uneven last batch however they are split, and the parameters are few enough for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -219,17 +218,11 @@ _FAMILIES = (
 )
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from a seed, the global generator left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def _case(network: _Network, family: _Family) -> Case:
     def model() -> nn.Module:
-        with _seeded(0):
+        # Modules draw from the global generator: lend it, and put its state back.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
             return _Model(network.body(family.features), family.arrange).double()
 
     def data() -> tuple[Tensor, Tensor]:

@@ -37,8 +37,8 @@ def run_ranks(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float = 
         What `fn` returned, by rank; it travels by pickle.
 
     Raises:
-        RuntimeError: If a rank raised or died, with the rank and its traceback. The rank that
-            failed first is named: the others usually only lost their peer.
+        RuntimeError: If a rank raised or died: names the first one and shows its traceback; the
+            others usually only lost their peer.
         TimeoutError: If ranks are still running after `timeout` seconds; names them.
 
     Example:
@@ -56,17 +56,18 @@ def run_ranks(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float = 
             context.Process(target=_rank, args=(rank, nprocs, folder, timeout, fn, args))
             for rank in range(nprocs)
         ]
-        for process in processes:
-            process.start()
         try:
+            for process in processes:
+                process.start()
             _wait(processes, timeout)
-            hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            exit_codes = [process.exitcode for process in processes]
         finally:
             for process in processes:
-                process.kill()
-                process.join()
-        _raise_first_failure(folder, [process.exitcode for process in processes], hanging)
-        if hanging:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+        _raise_first_failure(folder, exit_codes)
+        if hanging := [rank for rank, code in enumerate(exit_codes) if code is None]:
             raise TimeoutError(f"Ranks {hanging} of {nprocs} still ran after {timeout} s.")
         return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(nprocs)]
 
@@ -103,13 +104,14 @@ def _wait(processes: list[Any], timeout: float) -> None:
             deadline = min(deadline, time.monotonic() + GRACE)
 
 
-def _raise_first_failure(folder: Path, exit_codes: list[int | None], hanging: list[int]) -> None:
-    nprocs = len(exit_codes)
-    if errors := sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime_ns):
-        first = errors[0].name.removeprefix("error")
-        raise RuntimeError(f"Rank {first} of {nprocs} failed:\n{errors[0].read_text()}")
+def _raise_first_failure(folder: Path, exit_codes: list[int | None]) -> None:
+    # A rank that was killed leaves no report, but its peers report that they lost it.
     for rank, code in enumerate(exit_codes):
-        if code and rank not in hanging:
+        if code and not (folder / f"error{rank}").exists():
             raise RuntimeError(
-                f"Rank {rank} of {nprocs} ended with exit code {code} and no report."
+                f"Rank {rank} of {len(exit_codes)} ended with exit code {code} and no report."
             )
+    if reports := list(folder.glob("error*")):
+        first = min(reports, key=lambda path: path.stat().st_mtime_ns)
+        name = first.name.removeprefix("error")
+        raise RuntimeError(f"Rank {name} of {len(exit_codes)} failed:\n{first.read_text()}")

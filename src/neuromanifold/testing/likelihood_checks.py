@@ -254,7 +254,7 @@ def _second_moment_is(name: str, draws: Tensor, fisher: Tensor) -> None:
     mean = draws.T @ draws / num_draws
     second = (draws**2).T @ draws**2 / num_draws
     stderr = ((second - mean**2).clamp(min=0) / num_draws).sqrt()
-    expected = torch.block_diag(*fisher)  # type: ignore[no-untyped-call]
+    expected = torch.block_diag(*fisher)
     _within(name, mean, expected, stderr)
 
 

@@ -276,8 +276,8 @@ def kronecker(
         weight_sharing: how the uses of a layer are combined.
 
     Returns:
-        `(P, P)` float64: a block per layer whose weight is trainable (layers as in `project`), the
-        exact diagonal for the rest.
+        `(P, P)` float64: a block per layer (as in `project`) that is called and whose weight is
+        trainable, the exact diagonal for the rest.
 
     Example:
         >>> from neuromanifold.likelihoods import Gaussian
@@ -292,7 +292,8 @@ def kronecker(
     sigma = output_fisher(likelihood, _evaluate(model, x), targets)
     fisher = dense_fisher(model, likelihood, data).diagonal().diag()
     for layer, names in _layers(model).items():
-        if f"{layer}.weight".removeprefix(".") not in names:
+        has_weight = f"{layer}.weight".removeprefix(".") in names
+        if not has_weight or not _is_called(model, layer, x):
             continue
         where = _weight_matrix(model, layer, names)
         a, b = _factors(model, layer, names, x, sigma, weight_sharing)
@@ -396,6 +397,13 @@ def _layers(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
+def _is_called(model: nn.Module, layer: str, x: Inputs) -> bool:
+    calls: list[nn.Module] = []
+    with _hooked(model.get_submodule(layer), lambda module, *_: calls.append(module)):
+        _evaluate(model, x)
+    return bool(calls)
+
+
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     handle = module.register_forward_hook(hook, with_kwargs=True)
@@ -407,12 +415,9 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 def _evaluate(model: nn.Module, x: Inputs, params: Params | None = None) -> Tensor:
     """The model in float64 as a function of its trainable parameters."""
-    args: tuple[Tensor, ...] = ()
-    kwargs: dict[str, Tensor] = {}
-    if isinstance(x, Mapping):
-        kwargs = {name: _double(value) for name, value in x.items()}
-    else:
-        args = tuple(_double(value) for value in (x if isinstance(x, tuple) else (x,)))
+    x = _map(_double, x)
+    args = () if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
+    kwargs = dict(x) if isinstance(x, Mapping) else {}
     # With its own tying of weights, functional_call would replace the parameters of a module that
     # is registered under two names twice, and afterwards leave the replacements in the module.
     state = _state(model, params or {})
@@ -421,14 +426,13 @@ def _evaluate(model: nn.Module, x: Inputs, params: Params | None = None) -> Tens
 
 def _state(model: nn.Module, params: Params) -> Params:
     """Parameters and buffers in float64, once for each module that holds them."""
-    first = {id(p): name for name, p in model.named_parameters()}
+    given = {id(p): params[name] for name, p in model.named_parameters() if name in params}
+    held = {"recurse": False, "remove_duplicate": False}
     state = {}
     for path, module in model.named_modules():
-        held = {"recurse": False, "remove_duplicate": False}
         for local, value in chain(module.named_parameters(**held), module.named_buffers(**held)):
-            replacement = params.get(first.get(id(value), ""))
-            value = _double(value.detach()) if replacement is None else replacement
-            state[f"{path}.{local}".removeprefix(".")] = value
+            name = f"{path}.{local}".removeprefix(".")
+            state[name] = given.get(id(value), _double(value.detach()))
     return state
 
 
@@ -467,11 +471,13 @@ def _pair(data: Data) -> tuple[Inputs, Tensor | None]:
 
 def _sample(x: Inputs, n: int) -> Inputs:
     """Sample n as a batch of one."""
+    return _map(lambda value: value[n : n + 1], x)
+
+
+def _map(function: Callable[[Tensor], Tensor], x: Inputs) -> Inputs:
     if isinstance(x, Mapping):
-        return {name: value[n : n + 1] for name, value in x.items()}
-    if isinstance(x, tuple):
-        return tuple(value[n : n + 1] for value in x)
-    return x[n : n + 1]
+        return {name: function(value) for name, value in x.items()}
+    return tuple(function(value) for value in x) if isinstance(x, tuple) else function(x)
 
 
 def _count(

@@ -17,7 +17,10 @@ _STRUCTURES = {
     "Diagonal": "diagonal_error",
 }
 """Structures compared layer by layer, in the order drawn, and where a layer keeps their error."""
+
+
 def layer_errors(analysis: Analysis) -> Section | None:
+    """How far each structure is from the block of each layer."""
     errors = {
         layer_name(layer["name"]): {
             structure: layer[key]
@@ -50,7 +53,7 @@ def layer_errors(analysis: Analysis) -> Section | None:
         title="Which approximation fits each layer?",
         says=says,
         advice=_advice_on_layer_errors(errors, closest, leader),
-        reading="0 is exact; at 1, the approximation misses as much as leaving everything out.",
+        reading="0 is exact; at 1, the approximation K misses as much as leaving everything out.",
         chart=charts.grouped_error_bars(rows, says.striptags()),
         table=table,
     )
@@ -66,9 +69,7 @@ def _say_layer_errors(
             leader, code(low), quantity(own[low])
         )
     wins = list(closest.values()).count(leader)
-    return Markup(
-        "{} is the closest in {}, with an error of {} in {} and {} in {}."
-    ).format(
+    return Markup("{} is the closest in {}; its error goes from {} in {} to {} in {}.").format(
         leader,
         "every layer" if wins == len(errors) else f"{wins} of {len(errors)} layers",
         quantity(own[low]),
@@ -93,17 +94,20 @@ def _advice_on_layer_errors(
     worst = max(errors, key=lambda name: errors[name][leader])
     if errors[worst][leader] < 0.5:
         return Markup(
-            "Use {}: no layer loses more than {}; judge the steps in {} first if training is unstable."
+            "Use {}: no layer loses more than {}, which is in {}; look there first if training is "
+            "unstable."
         ).format(code(f"{leader}()"), quantity(errors[worst][leader]), code(worst))
     return Markup(
-        "Use {}, but do not trust it in {}, where more than half is missed: compare its steps there "
-        "with those of {}, which is exact."
+        "Use {}, but do not trust it in {}, where more than half is missed: compare its steps "
+        "there with those of {}, which is exact."
     ).format(code(f"{leader}()"), code(worst), code("Gram()"))
 
 
 def whole_errors(analysis: Analysis) -> Section | None:
+    """How far each structure is from the full matrix."""
     measured = analysis.get("whole_errors") or {}
-    errors = {name: error for name, error in measured.items() if error is not None}
+    known = ((name, error) for name, error in measured.items() if error is not None)
+    errors = dict(sorted(known, key=lambda item: item[1]))
     if not errors:
         return None
     says, advice = _say_whole_errors(errors), _advice_on_whole_errors(errors)

@@ -12,6 +12,7 @@ from neuromanifold.report.sections._base import Analysis, Section, Table, code, 
 
 
 def trace_by_layer(analysis: Analysis) -> Section | None:
+    """How the trace is shared among the layers."""
     layers = [layer for layer in analysis.get("layers") or () if layer["share"] is not None]
     if not layers:
         return None
@@ -95,6 +96,7 @@ def _advice_on_layers(layers: Sequence[Analysis]) -> Markup:
 
 
 def diagonal(analysis: Analysis) -> Section | None:
+    """How the diagonal is distributed within each parameter."""
     groups = analysis.get("diagonal") or ()
     if not any(group["quantiles"]["0.95"] > 0 for group in groups):
         return None
@@ -108,7 +110,7 @@ def diagonal(analysis: Analysis) -> Section | None:
     says = _say_diagonal(groups)
     table = Table(
         "Diagonal of the Fisher matrix (nats/param²) by parameter",
-        ("parameter", "entries", "5 % below", "median", "95 % below", "mean", "exactly zero"),
+        ("parameter", "entries", "5% below", "median", "95% below", "mean", "exactly zero"),
         [
             [
                 group["parameter"],
@@ -120,7 +122,7 @@ def diagonal(analysis: Analysis) -> Section | None:
             for group in groups
         ],
     )
-    reading = "Thick bar: the middle half of the entries. Thin line: 5 % to 95 %. Tick: median."
+    reading = "Thick bar: the middle half of the entries. Thin line: 5% to 95%. Tick: median."
     if any(group["quantiles"]["0.05"] == 0 for group in groups):
         reading += " What touches the left edge includes entries of zero."
     return Section(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-import numpy as np
 from markupsafe import Markup
 
 from neuromanifold.report import charts
@@ -13,33 +12,35 @@ from neuromanifold.report.headline import effective_dimension, reference_damping
 from neuromanifold.report.numerals import count, counted, percent, quantity, ratio
 from neuromanifold.report.sections._base import Analysis, Section, Table, code
 
-_MOST_POINTS = 300
+_MOST_POINTS = 1000
 """Eigenvalues drawn, evenly spread over the logarithm of their rank; more look the same."""
 
 
 def eigenvalues(analysis: Analysis) -> Section | None:
+    """The spectrum: how few directions hold most of the trace."""
     spectrum = analysis.get("spectrum")
     if not spectrum or not spectrum["eigenvalues"]:
         return None
     values = spectrum["eigenvalues"]
     cumulative = list(accumulate(values))
     half, most = (_first_reaching(cumulative, share) for share in (0.5, 0.9))
-    says = Markup("{} half of the trace, and {} hold 90 % of it, out of {}.").format(
+    says = Markup("{} half of the trace, and {} hold 90% of it, out of {}.").format(
         "One direction holds" if half == 1 else f"{count(half)} directions hold",
         count(most),
         counted(spectrum["total_dimension"], "direction"),
     )
     rows = [{"rank": rank, "eigenvalue": values[rank - 1]} for rank in _spread_ranks(len(values))]
-    # Eigenvalues of a matrix in floating point carry an error of about one rounding of the largest.
-    rounding = float(np.finfo(analysis["dtype"]).eps) * values[0]
     table = Table(
-        f"The {len(spectrum['leading'])} leading of {count(spectrum['count'])} non-zero eigenvalues",
+        f"The {len(spectrum['leading'])} largest of {count(spectrum['count'])} eigenvalues",
         ("rank", "eigenvalue (nats/param²)", "share of the trace", "up to here"),
         [
-            [str(rank), quantity(value), percent(value / cumulative[-1]), percent(so_far)]
-            for rank, (value, so_far) in enumerate(
-                zip(spectrum["leading"], (c / cumulative[-1] for c in cumulative), strict=False), 1
-            )
+            [
+                str(rank),
+                quantity(value),
+                percent(value / cumulative[-1]),
+                percent(cumulative[rank - 1] / cumulative[-1]),
+            ]
+            for rank, value in enumerate(spectrum["leading"], 1)
         ],
     )
     return Section(
@@ -48,9 +49,7 @@ def eigenvalues(analysis: Analysis) -> Section | None:
         says=says,
         advice=_advice_on_spectrum(values, most, spectrum["total_dimension"]),
         reading=_read_spectrum(analysis),
-        chart=charts.spectrum(
-            rows, says.striptags(), rounding=rounding if values[-1] < rounding else None
-        ),
+        chart=charts.spectrum(rows, says.striptags()),
         table=table,
     )
 
@@ -63,23 +62,21 @@ def _advice_on_spectrum(values: Sequence[float], most: int, total: int) -> Marku
         ).format(code("Kronecker()"))
     slow = values[0] / values[most - 1]
     return Markup(
-        "A low-rank approximation needs {} of the directions for those 90 %; plain gradient descent "
+        "A low-rank approximation needs {} of the directions for those 90%; plain gradient descent "
         "needs about {} times as many steps along the last of them as along the first."
     ).format(percent(most / total), ratio(slow))
 
 
 def _read_spectrum(analysis: Analysis) -> str:
     spectrum = analysis["spectrum"]
-    reading = f"One point per eigenvalue that is not zero, {count(spectrum['count'])} in all."
+    reading = (
+        f"{counted(spectrum['count'], 'eigenvalue')} above the rounding of the largest; "
+        f"{count(spectrum['zeros'])} more count as zero."
+    )
     if len(spectrum["eigenvalues"]) > _MOST_POINTS:
-        reading = (
-            f"{count(spectrum['count'])} eigenvalues are not zero; the points are evenly spread "
-            f"over the logarithm of the rank."
-        )
+        reading += " Towards the right, only some of them are drawn."
     if analysis["num_rows"] < spectrum["total_dimension"]:
-        reading += (
-            f" With {count(analysis['num_rows'])} gradients there cannot be more than that many."
-        )
+        reading += f" {count(analysis['num_rows'])} gradients span no more directions than that."
     return reading
 
 
@@ -97,6 +94,7 @@ def _spread_ranks(last: int) -> list[int]:
 
 
 def dimension_left(analysis: Analysis) -> Section | None:
+    """How many directions stay above a damping."""
     rows = analysis.get("effective_dimension") or ()
     damping = reference_damping(analysis)
     if not rows or damping is None:
@@ -114,10 +112,10 @@ def dimension_left(analysis: Analysis) -> Section | None:
     )
     samples = analysis["num_samples"]
     advice = Markup(
-        "Read it at the damping you train with, to see how many directions a natural-gradient step "
-        "corrects; and at τ/{} for a Gaussian prior of precision τ on every weight, where τ = 1 "
-        "says that {} samples determine {} directions."
-    ).format(count(samples), count(samples), quantity(effective_dimension(values, 1 / samples)))
+        "Read it at the damping you train with to see how many directions a natural-gradient step "
+        "corrects, and at 1/{} for a Laplace approximation with a prior precision of 1, where the "
+        "samples determine {} directions."
+    ).format(count(samples), quantity(effective_dimension(values, 1 / samples)))
     table = Table(
         "Effective dimension against damping",
         ("damping (nats/param²)", "effective dimension (directions)"),

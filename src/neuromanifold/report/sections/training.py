@@ -48,15 +48,17 @@ def loss_by_epoch(analysis: Analysis) -> Section | None:
 
 def _advice(losses: Sequence[float], gap: float) -> Markup:
     quarter = max(1, len(losses) // 4)
-    late = (losses[-1 - quarter] - losses[-1]) / losses[-1 - quarter]
-    if late > 0.1:
+    fall, late = losses[0] - losses[-1], losses[-1 - quarter] - losses[-1]
+    if fall <= 0:
+        return Markup("The loss did not fall: mend the training before you read the numbers above.")
+    if late > 0.02 * fall:
         return Markup(
-            "The last {} still lowered the loss by {}: train longer before you take these numbers "
-            "for those of a converged network."
-        ).format(counted(quarter, "epoch"), percent(late))
+            "The last {} still brought {} of the fall: the numbers above belong to this moment, so "
+            "measure again if you train on."
+        ).format(counted(quarter, "epoch"), percent(late / fall))
     if gap > 0.02:
         return Markup(
-            "The loss has levelled off, but {} of accuracy are lost on new data: measure on test "
-            "inputs too before you judge which parameters matter."
+            "The loss has levelled off, but accuracy is {} lower on test data: measure on those "
+            "too before you judge which parameters matter."
         ).format(percent(gap))
     return Markup("The loss has levelled off: the numbers above are those of a converged network.")

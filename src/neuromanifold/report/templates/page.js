@@ -6,17 +6,17 @@
 
   // Colours and fonts live in the style sheet only; what a chart needs of them is read from there.
   const look = () => {
-    const style = getComputedStyle(document.documentElement);
+    const style = getComputedStyle(document.body);
     const value = (name) => style.getPropertyValue(name).trim();
-    const [ink, muted, line] = ["--ink", "--muted", "--line"].map(value);
+    const [ink, muted, line, paper] = ["--ink", "--muted", "--line", "--paper"].map(value);
     const series = ["--series-1", "--series-2", "--series-3"].map(value);
     const text = {
       labelColor: muted, labelFontSize: 12, titleColor: ink, titleFontSize: 12, titleFontWeight: 500,
     };
     return {
       background: "transparent",
-      font: style.fontFamily || getComputedStyle(document.body).fontFamily,
-      padding: { left: 0, top: 4, right: 8, bottom: 0 },
+      font: style.fontFamily,
+      padding: { left: 0, top: 4, right: 8, bottom: 6 },
       view: { stroke: null },
       axis: {
         ...text, domainColor: line, gridColor: line, tickColor: line, ticks: false,
@@ -30,8 +30,8 @@
       bar: { cornerRadius: 1 },
       line: { strokeWidth: 2 },
       style: {
-        reference: { color: ink, stroke: ink, filled: false, strokeWidth: 1.5 },
-        note: { color: muted, fill: muted, stroke: null, fontSize: 11 },
+        reference: { color: ink, stroke: paper, strokeWidth: 1, opacity: 1 },
+        ring: { color: ink, filled: false, strokeWidth: 1.5, opacity: 1 },
       },
     };
   };

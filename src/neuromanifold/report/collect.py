@@ -1,0 +1,294 @@
+"""Everything the report shows, as a plain dict first: numbers, no pictures."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuromanifold._fisher import fisher
+from neuromanifold._progress import Progress, reporting
+from neuromanifold.capture import Data, call_model, logits_of, unwrap
+from neuromanifold.errors import TooLargeError
+from neuromanifold.estimators import Estimator, Exact, MonteCarlo
+from neuromanifold.likelihoods import Likelihood
+from neuromanifold.operators import FisherOperator
+from neuromanifold.structures import BlockDiagonal, Diagonal, Gram, Kronecker, Structure, UnitWise
+from neuromanifold.structures.gram import GramOperator
+
+__all__ = ["collect"]
+
+MAX_EXACT_ROWS = 4096
+"""Samples times columns up to which the analysis uses the exact Fisher of every sample."""
+
+STAGES = 5
+NUM_LEADING = 20
+NUM_DAMPINGS = 25
+NUM_BINS = 40
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def collect(
+    model: nn.Module,
+    likelihood: Likelihood,
+    data: Any,
+    *,
+    name: str,
+    generator: torch.Generator | None = None,
+    progress: bool | Progress = False,
+) -> dict[str, Any]:
+    """Measure what the report shows about a model.
+
+    The estimator is `Exact()` while samples times output columns stay within a few thousand, else
+    one sampled label per input; the notes say which, and why.
+
+    Args:
+        model: any module, in the mode it should be measured in.
+        likelihood: what its outputs mean.
+        data: as for `nm.fisher`; read several times.
+        name: title of the analysis.
+        generator: randomness of sampled labels.
+        progress: as for `nm.fisher`; counts stages.
+
+    Returns:
+        A JSON-able dict: model, trace, spectrum, layers, diagonal, errors of approximations,
+        coverage. Numbers that could not be measured are None, and the notes say why.
+
+    Raises:
+        ValueError: As `nm.fisher`.
+    """
+    started = time.perf_counter()
+    Data(data).require_repeatable("The analysis")
+    was_training = model.training
+    seed = int(torch.randint(2**62, (), generator=generator))
+    notes: list[str] = []
+    if was_training:
+        notes.append(
+            "The model was measured in training mode. Call model.eval() first if it has dropout "
+            "or other layers that behave differently in training."
+        )
+
+    with reporting(progress, "measurements") as report:
+        done = 0
+
+        def stage() -> None:
+            nonlocal done
+            done += 1
+            if report is not None:
+                report(done, STAGES)
+
+        estimator = _choose_estimator(model, likelihood, data, notes)
+        stage()
+        measure = _Measure(model, likelihood, data, estimator, seed, notes)
+        exact = measure(Gram())
+        assert isinstance(exact, GramOperator)
+        values = exact.eigenvalues()
+        stage()
+        candidates = {
+            structure: measure.if_it_fits(structure)
+            for structure in (Diagonal(), UnitWise(), Kronecker(), BlockDiagonal())
+        }
+        matrices = {type(structure).__name__: F for structure, F in candidates.items()}
+        stage()
+        layers = _layers(model, exact, matrices)
+        stage()
+        whole = {kind: None if F is None else _error(exact, F) for kind, F in matrices.items()}
+        stage()
+
+    diagonal = exact.diagonal()
+    trace, largest = float(exact.trace()), float(values[0])
+    return {
+        "kind": "neuromanifold.analysis",
+        "version": 1,
+        "name": name,
+        "model": {
+            "class": type(unwrap(model)).__name__,
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "num_trainable": exact.num_parameters,
+        },
+        "likelihood": repr(likelihood),
+        "estimator": repr(estimator),
+        "num_samples": exact.num_samples,
+        "num_rows": exact.num_rows,
+        "dtype": str(exact.dtype).removeprefix("torch."),
+        "training": None,
+        "trace": trace,
+        "frobenius": float(exact.norm()),
+        "largest_eigenvalue": largest,
+        "max_learning_rate": 2 / largest if largest > 0 else None,
+        "stable_rank": trace / largest if largest > 0 else None,
+        "layers": layers,
+        "whole_errors": whole,
+        "diagonal": [_summary(exact, parameter, value) for parameter, value in diagonal.items()],
+        "spectrum": _spectrum(exact, values),
+        "effective_dimension": _effective_dimensions(values),
+        "coverage": exact.coverage.to_list(),
+        "timing": {"seconds": time.perf_counter() - started},
+        "notes": notes,
+    }
+
+
+@dataclass
+class _Measure:
+    """Fisher matrices of one model, all with the same data and the same sampled labels."""
+
+    model: nn.Module
+    likelihood: Likelihood
+    data: Any
+    estimator: Estimator
+    seed: int
+    notes: list[str]
+
+    def __call__(self, structure: Structure) -> FisherOperator:
+        return fisher(
+            self.model,
+            self.likelihood,
+            self.data,
+            structure,
+            estimator=self.estimator,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def if_it_fits(self, structure: Structure) -> FisherOperator | None:
+        """None, and a note, where the structure is too large for this model."""
+        try:
+            return self(structure)
+        except TooLargeError as error:
+            self.notes.append(f"{type(structure).__name__} was left out: {error}")
+            return None
+
+
+def _choose_estimator(
+    model: nn.Module, likelihood: Likelihood, data: Any, notes: list[str]
+) -> Estimator:
+    """The exact Fisher if its Gram matrix stays small, else one label per input."""
+    num_samples, columns = 0, 0
+    with torch.no_grad():
+        for batch in Data(data):
+            outputs = likelihood.canonical(logits_of(call_model(model, batch.inputs)))
+            num_samples += len(outputs)
+            columns = columns or likelihood.num_columns(outputs)
+    if num_samples * columns <= MAX_EXACT_ROWS:
+        return Exact()
+    notes.append(
+        f"{num_samples} samples with {columns} output columns each would make "
+        f"{num_samples * columns} rows; above {MAX_EXACT_ROWS} one label per input is sampled from "
+        f"the model instead, so all numbers carry label noise. Analyse fewer samples for the exact "
+        f"Fisher."
+    )
+    return MonteCarlo(1)
+
+
+def _layers(
+    model: nn.Module, exact: GramOperator, matrices: dict[str, FisherOperator | None]
+) -> list[dict[str, Any]]:
+    """Per block: share of the trace, largest eigenvalue, and errors of approximations."""
+    modules = dict(unwrap(model).named_modules())
+    whole_trace = float(exact.trace())
+    rules = {entry.block: entry.rule for entry in exact.coverage}
+    found = []
+    for block, rule in rules.items():
+        part = exact.block(block)
+        assert isinstance(part, GramOperator)
+        trace = float(part.trace())
+        full = matrices["BlockDiagonal"]
+        # Where the block is smaller than the number of rows, its own matrix is the cheaper one.
+        small = full is not None and part.num_parameters <= exact.num_rows
+        spectrum = (full.block(block) if small and full is not None else part).eigenvalues(1)
+        kronecker = matrices["Kronecker"]
+        found.append(
+            {
+                "name": block,
+                "type": type(modules[block]).__name__ if block in modules else "parameter",
+                "rule": rule,
+                "num_parameters": part.num_parameters,
+                "trace": trace,
+                "share": trace / whole_trace if whole_trace > 0 else 0.0,
+                "trace_per_parameter": trace / part.num_parameters,
+                "largest_eigenvalue": float(spectrum[0]),
+                **{
+                    f"{kind.lower()}_error": None if F is None else _error(part, F.block(block))
+                    for kind, F in matrices.items()
+                    if kind != "BlockDiagonal"
+                },
+                "kronecker_trace_ratio": None
+                if kronecker is None or trace == 0
+                else float(kronecker.block(block).trace()) / trace,
+            }
+        )
+    return found
+
+
+def _error(exact: GramOperator, approximation: FisherOperator) -> float | None:
+    """`‖F − S‖ / ‖F‖` in Frobenius norm, without forming either matrix."""
+    norm = exact.norm().double()
+    if norm == 0:
+        return None
+    approximate = approximation.norm().double()
+    if all(entry.exact for entry in approximation.coverage):
+        # S is a part of F (its diagonal, its blocks), so F − S is orthogonal to it.
+        squared = norm**2 - approximate**2
+    else:
+        squared = norm**2 - 2 * exact.overlap(approximation).double() + approximate**2
+    return math.sqrt(max(float(squared), 0.0)) / float(norm)
+
+
+def _summary(exact: FisherOperator, parameter: str, values: Tensor) -> dict[str, Any]:
+    """Distribution of the diagonal over one parameter's entries."""
+    values = values.flatten().double().cpu()
+    positive = values[values > 0]
+    histogram = None
+    if len(positive):
+        logs = positive.log10()
+        low, high = float(logs.min()), float(logs.max())
+        edges = torch.linspace(low, max(high, low + 1e-6), NUM_BINS + 1, dtype=torch.float64)
+        counts = torch.histogram(logs, edges).hist
+        histogram = {"log10_edges": edges.tolist(), "counts": [int(c) for c in counts]}
+    return {
+        "parameter": parameter,
+        "layer": exact.coverage[parameter].block,
+        "count": len(values),
+        "mean": float(values.mean()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "quantiles": {str(q): _quantile(values, q) for q in QUANTILES},
+        "zeros": int((values == 0).sum()),
+        "histogram": histogram,
+    }
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """By sorting: torch.quantile refuses large tensors."""
+    return float(values.sort().values[min(int(q * len(values)), len(values) - 1)])
+
+
+def _spectrum(exact: GramOperator, values: Tensor) -> dict[str, Any]:
+    """Non-zero eigenvalues: those above the rounding of the largest."""
+    cutoff = len(values) * torch.finfo(values.dtype).eps * float(values[0])
+    nonzero = values[values > cutoff].tolist()
+    return {
+        "method": "Gram",
+        "count": len(nonzero),
+        "total_dimension": exact.num_parameters,
+        "zeros": exact.num_parameters - len(nonzero),
+        "leading": nonzero[:NUM_LEADING],
+        "eigenvalues": nonzero,
+    }
+
+
+def _effective_dimensions(values: Tensor) -> list[dict[str, float]]:
+    """`Σ λ/(λ + damping)` over dampings from far below to above the spectrum."""
+    largest = float(values[0])
+    if largest <= 0:
+        return []
+    exponents = torch.linspace(-8, 1, NUM_DAMPINGS, dtype=torch.float64)
+    dampings = largest * 10**exponents
+    values = values.double()
+    return [
+        {"damping": float(damping), "value": float((values / (values + damping)).sum())}
+        for damping in dampings
+    ]
