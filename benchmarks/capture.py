@@ -1,6 +1,8 @@
 """Two ways to catch the gradient at a layer's output, compared in time and peak memory.
 
-Run `python -m benchmarks.capture` (about ten minutes); decision 0001 reads the result.
+Run `python -m benchmarks.capture` (about ten minutes); decision 0001 reads the result. The question
+is which mechanism does less work, so what is compared is CPU time on one thread, which does not
+depend on what else the machine is doing.
 
 * probe: a forward hook adds one scalar leaf to the layer output, and a tensor hook on the sum
   delivers the gradient while the sweep is under way; the record is reduced and freed on the spot.
@@ -17,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +35,7 @@ from torch.nn import functional
 from benchmarks.harness import interleave, median_ratio, peak_memory, write_results
 from benchmarks.workloads import WORKLOADS, Batch, forward_backward
 
-ROUNDS = 21
+ROUNDS = 9
 COLUMNS = 10
 
 Cotangents = Callable[[Tensor], Tensor]
@@ -259,11 +262,12 @@ def in_fresh_process(settings: dict[str, str], *arguments: str) -> Any:
 
 
 def time_workload(workload: str) -> list[list[float]]:
-    """Seconds of forward and backward first, then of every case."""
+    """CPU seconds on one thread: of forward and backward first, then of every case."""
+    torch.set_num_threads(1)
     batch = WORKLOADS[workload].build()
     tasks: dict[str, Callable[[], object]] = {"unit": partial(forward_backward, batch)}
     tasks |= {" ".join(case): partial(run, batch, case) for case in CASES}
-    return list(interleave(tasks, ROUNDS).values())
+    return list(interleave(tasks, ROUNDS, clock=time.process_time).values())
 
 
 def peak_of(workload: str, *case: Any) -> int:

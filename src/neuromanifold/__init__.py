@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from neuromanifold import (
+        distributed,
         errors,
         estimators,
         layers,
@@ -80,6 +81,7 @@ __all__ = [
     "Poisson",
     "RandomSigns",
     "UnitWise",
+    "distributed",
     "errors",
     "estimators",
     "fisher",

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from neuromanifold.capture.data import Batch, Forward, logits_of
 from neuromanifold.capture.layout import Plan
 from neuromanifold.errors import CaptureError
+from neuromanifold.linalg import memory
 
 __all__ = ["differentiable_twice", "functional_model", "per_sample_gradients"]
 
@@ -34,12 +35,25 @@ def functional_model(
 ) -> Callable[[dict[str, Tensor], Any], Tensor]:
     """The model as a function of some of its parameters (by name) and its inputs."""
     called = _Called(plan.model, forward)
+    homes = _homes(plan.model)
 
     def function(params: dict[str, Tensor], inputs: Any) -> Tensor:
-        renamed = {f"model.{name}": value for name, value in params.items()}
-        return canonical(logits_of(functional_call(called, renamed, (inputs,))))
+        state = {f"model.{home}": value for name, value in params.items() for home in homes[name]}
+        # With its own tying of weights, functional_call would swap the parameters of a module that
+        # is registered under two names twice, and leave plain tensors behind in the user's module.
+        return canonical(logits_of(functional_call(called, state, (inputs,), tie_weights=False)))
 
     return function
+
+
+def _homes(model: nn.Module) -> dict[str, list[str]]:
+    """Per parameter name, one path for each module that holds the parameter."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    homes: dict[str, list[str]] = {name: [] for name in names.values()}
+    for path, module in model.named_modules():
+        for local, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            homes[names[id(p)]].append(f"{path}.{local}".removeprefix("."))
+    return homes
 
 
 @contextlib.contextmanager
@@ -78,6 +92,15 @@ def per_sample_gradients(
     Returns:
         Per parameter, `(V, N, p)`.
     """
+    parameters = dict(plan.model.named_parameters())
+    sizes = {name: parameters[name].numel() for name in plan.generic}
+    memory.require(
+        cotangents.shape[0] * cotangents.shape[1] * sum(sizes.values()) * outputs.dtype.itemsize,
+        outputs.device,
+        what=f"Per-sample gradients of parameters without a layer rule "
+        f"(most for {max(sizes, key=lambda name: sizes[name])!r})",
+        instead="Use smaller batches, or params=[...] without them.",
+    )
     try:
         found = _by_vmap(plan, forward, canonical, batch, outputs, cotangents)
     except (RuntimeError, NotImplementedError):

@@ -148,7 +148,10 @@ class Tape:
     @property
     def sweep_numel(self) -> int:
         """Numbers that one sweep of the current batch keeps alive at once."""
-        return sum(math.prod(use.shape) for uses in self._uses.values() for use in uses)
+        captured = sum(math.prod(use.shape) for uses in self._uses.values() for use in uses)
+        layout = self.plan.layout
+        generic = sum(math.prod(layout.shapes[name]) for name in self.plan.generic)
+        return captured + self._outputs.shape[0] * generic
 
     # ---- the forward pass ------------------------------------------------------------------
 

@@ -160,10 +160,11 @@ def analyze_digits(*, seed: int, epochs: int, samples: int) -> list[dict[str, An
         note(f"Training the {name} on {len(labels):,} images")
         training = train(model, split, epochs=epochs, generator=generator, progress=progress)
         note(f"Measuring the Fisher information of the {name}")
+        # In float64, so that small eigenvalues are told from rounding.
         analysis = collect(
-            model.eval(),
+            model.double().eval(),
             Categorical(),
-            (images[:samples], labels[:samples]),
+            (images[:samples].double(), labels[:samples]),
             name=name,
             generator=generator,
             progress=progress,

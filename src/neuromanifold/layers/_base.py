@@ -21,6 +21,10 @@ from neuromanifold.linalg import Block, psd
 __all__ = ["Call", "LayerRule", "Record", "register", "rule_for"]
 
 
+_TEMPORARY_NUMEL = 2**24
+"""Numbers in a temporary that a loop over units may make."""
+
+
 class LayerRule(ABC):
     """How one type of module turns inputs and output gradients into records.
 
@@ -131,10 +135,11 @@ class Record:
         calls = tuple(call.samples(start, stop) for call in self._calls)
         return Record(self.block, calls, stop - start, first=self.first)
 
-    def split(self, numel: int) -> Iterator[Record]:
+    def split(self, numel: int, *, whole: bool = False) -> Iterator[Record]:
         """Parts of the record with about `numel` numbers each, along the sample axis.
 
-        A number counted is one entry of `a`, of `g` or of a per-sample gradient, whichever is most.
+        What is counted is the entries of `a`, of `g` or of per-sample gradients, whichever are most;
+        per-sample gradients only where they are made: with several positions, or if `whole`.
         """
         uses = sum(call.folded * max(math.prod(call.g.shape[2:]), 1) for call in self._calls)
         positions = max(uses // (self.block.groups * self.block.fan_out), 1)
@@ -142,7 +147,7 @@ class Record:
         largest = max(
             positions * self.block.groups * self.block.fan_in,
             positions * self.block.groups * self.block.fan_out * sweeps,
-            self.block.num_parameters * sweeps if positions > 1 else 0,
+            self.block.num_parameters * sweeps if whole or positions > 1 else 0,
         )
         step = max(numel // largest, 1)
         for start in range(0, self.num_samples, step):
@@ -196,27 +201,33 @@ class Record:
             return self.per_sample().square().sum(dim=(0, 2))
         # One position: (Σ_t g_o a_i)² = g_o² a_i², so the sum over N is a matrix product.
         weights = self.g.squeeze(3).square().sum(dim=0)
-        parts = []
+        out = weights.new_empty(self.block.shape)
         if self.a is not None:
-            parts.append(weights.transpose(-1, -2) @ self.a.squeeze(2).square())
+            inputs = self.a.squeeze(2)
+            psd.product(weights.mT, inputs.square(), out[..., : inputs.shape[-1]])
         if self.block.biased:
-            parts.append(weights.sum(dim=1)[..., None])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            out[..., -1] = weights.sum(dim=1)
+        return out
 
     def unit_moments(self) -> Tensor:
         """`Σ p pᵀ` over samples and sweeps of each unit's gradient p, `(G, O, I, I)`."""
         if self.num_positions > 1:
             p = self.per_sample().permute(1, 3, 0, 2, 4).flatten(2, 3)  # (G, O, V·N, I)
-            return psd.second_moment(p)
+            return psd.second_moment(p.flatten(0, 1)).unflatten(0, p.shape[:2])
         a = self.augmented.squeeze(2)  # (G, N, I)
         weights = self.g.squeeze(3).square().sum(dim=0).transpose(-1, -2)  # (G, O, N)
-        weighted = a.transpose(-1, -2)[:, None] * weights[:, :, None, :]  # (G, O, I, N)
-        return (weighted.flatten(1, 2) @ a).unflatten(1, (-1, a.shape[-1]))
+        out = a.new_empty(*self.block.shape, self.block.fan_in)
+        step = max(_TEMPORARY_NUMEL // a.numel(), 1)
+        for start in range(0, self.block.fan_out, step):
+            units = slice(start, start + step)
+            weighted = a.mT[:, None] * weights[:, units, None, :]  # (G, o, I, N)
+            out[:, units] = (weighted.flatten(1, 2) @ a).unflatten(1, (-1, a.shape[-1]))
+        return out
 
     def block_moment(self) -> Tensor:
         """`Σ p pᵀ` over samples and sweeps of the block's gradient p, `(p, p)`."""
         p = self.per_sample().transpose(1, 2).flatten(0, 1).flatten(1)  # (V·N, G·O·I)
-        return psd.second_moment(p)
+        return psd.second_moment(p[None])[0]
 
     def input_moment(self, *, reduce: bool) -> Tensor:
         """`Σ ã ãᵀ` over samples and positions, `(G, I, I)`; reduce: of ã averaged over positions."""
@@ -224,14 +235,13 @@ class Record:
             count = self.num_samples * (1 if reduce else self.num_positions)
             return self.g.new_full((self.block.groups, 1, 1), float(count))
         a = (self.a.mean(dim=2, keepdim=True) if reduce else self.a).flatten(1, 2)
-        moment = psd.second_moment(a)
         if not self.block.biased:
-            return moment
-        full = moment.new_empty(moment.shape[0], a.shape[-1] + 1, a.shape[-1] + 1)
-        full[:, :-1, :-1] = moment
-        full[:, -1, :-1] = full[:, :-1, -1] = a.sum(dim=1)
-        full[:, -1, -1] = a.shape[1]
-        return full
+            return psd.second_moment(a)
+        moment = a.new_empty(self.block.groups, self.block.fan_in, self.block.fan_in)
+        psd.second_moment(a, out=moment[:, :-1, :-1])
+        moment[:, -1, :-1] = moment[:, :-1, -1] = a.sum(dim=1)
+        moment[:, -1, -1] = a.shape[1]
+        return moment
 
     def output_moment(self, *, reduce: bool) -> Tensor:
         """`Σ g gᵀ` over samples, sweeps, positions, `(G, O, O)`; reduce: g summed over positions."""

@@ -12,6 +12,9 @@ from neuromanifold.errors import TooLargeError
 __all__ = ["available", "readable", "require"]
 
 
+_SMALL = 2**24
+
+
 def available(device: torch.device) -> int:
     """Free bytes on a device; on a CPU, within the limit of the control group if there is one."""
     if device.type == "cuda":
@@ -39,6 +42,8 @@ def require(num_bytes: int, device: torch.device, *, what: str, instead: str) ->
     Raises:
         TooLargeError: Names the bytes needed, the bytes free, and what would fit.
     """
+    if num_bytes < _SMALL:  # asking the system takes longer than such a measurement
+        return
     free = available(device)
     if num_bytes > free:
         raise TooLargeError(

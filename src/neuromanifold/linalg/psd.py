@@ -15,6 +15,7 @@ __all__ = [
     "eigenvalues",
     "eigh",
     "inverse_square_root",
+    "product",
     "second_moment",
     "square_root",
 ]
@@ -63,21 +64,32 @@ def cholesky(matrix: Tensor, damping: float) -> Tensor:
     return factor
 
 
-def second_moment(x: Tensor) -> Tensor:
-    """`xᵀ x` for `x (..., M, n)`.
+def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`left @ right` for batches of matrices, written into a strided view without a copy.
+
+    `torch.bmm` goes through a temporary when `out` is strided; `torch.mm` does not.
+    """
+    if len(out) == 1:
+        torch.mm(left[0], right[0], out=out[0])
+    else:
+        out.copy_(left @ right)
+    return out
+
+
+def second_moment(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`xᵀ x` for `x (B, M, n)`, written into `out (B, n, n)` if given.
 
     Only blocks on and above the diagonal are multiplied: up to half the work, since BLAS as torch
     calls it does not use the symmetry.
     """
-    n = x.shape[-1]
-    if n < 2 * _BLOCK:
-        return x.mT @ x
-    out = x.new_empty(*x.shape[:-2], n, n)
+    batch, _, n = x.shape
+    if out is None:
+        out = x.new_empty(batch, n, n)
     for start in range(0, n, _BLOCK):
-        part = x[..., start : start + _BLOCK].mT @ x[..., start:]
-        out[..., start : start + _BLOCK, start:] = part
-        out[..., start:, start : start + _BLOCK] = part.mT
+        stop = min(start + _BLOCK, n)
+        product(x[..., start:stop].mT, x[..., start:], out[:, start:stop, start:])
+        out[:, stop:, start:stop] = out[:, start:stop, stop:].mT
     return out
 
 
-_BLOCK = 128
+_BLOCK = 192

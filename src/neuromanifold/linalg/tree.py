@@ -24,9 +24,11 @@ __all__ = ["Block", "Layout", "Slot", "Vector"]
 Vector: TypeAlias = Params | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Names and shapes of the parameters, in the order in which they are flattened.
+
+    Two layouts are equal if flat vectors mean the same in both: the order counts.
 
     Example:
         >>> layout = Layout({"weight": (2, 3), "bias": (2,)})
@@ -37,6 +39,16 @@ class Layout:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self._entries == other._entries
+
+    def __hash__(self) -> int:
+        return hash(self._entries)
+
+    @property
+    def _entries(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return tuple((name, tuple(shape)) for name, shape in self.shapes.items())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,9 +122,11 @@ class Layout:
         """The layout of some of the parameters, in this layout's order.
 
         Raises:
-            ValueError: If a name does not exist.
+            ValueError: If a name does not exist, or none is given.
         """
         wanted = [names] if isinstance(names, str) else list(names)
+        if not wanted:
+            raise ValueError(f"Give at least one parameter name. There are: {list(self.shapes)}.")
         unknown = [name for name in wanted if name not in self.shapes]
         if unknown:
             raise ValueError(f"No parameters named {unknown}. There are: {list(self.shapes)}.")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -274,7 +275,8 @@ class FisherOperator(ABC):
             raise UnsupportedError("to_scipy needs SciPy: pip install scipy.") from error
 
         def product(array: Any) -> Any:
-            tensor = torch.as_tensor(array).to(self.device, self.dtype)
+            # A copy: SciPy may pass read-only or reversed views, which torch does not take.
+            tensor = torch.from_numpy(np.array(array)).to(self.device, self.dtype)
             squeezed = tensor.reshape(self.num_parameters, -1)
             return self.matmat(squeezed).reshape(tensor.shape).cpu().numpy()
 

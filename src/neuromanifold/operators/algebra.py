@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from neuromanifold.errors import UnsupportedError
 from neuromanifold.linalg import Layout
 from neuromanifold.operators._base import FisherOperator, Origin
 
@@ -18,12 +19,12 @@ def add(left: FisherOperator, right: FisherOperator) -> FisherOperator:
     """The sum, in the structure of the two terms where it is closed under sums.
 
     Raises:
-        ValueError: If the terms belong to different parameters.
+        ValueError: If the terms belong to different parameters, or to another order of them.
     """
-    if dict(left.layout.shapes) != dict(right.layout.shapes):
+    if left.layout != right.layout:
         raise ValueError(
-            "Only Fisher matrices over the same parameters can be added; these differ in "
-            f"{sorted(set(left.layout.shapes.items()) ^ set(right.layout.shapes.items()))}."
+            "Only Fisher matrices over the same parameters in the same order can be added; these "
+            f"are over {dict(left.layout.shapes)} and {dict(right.layout.shapes)}."
         )
     total = left._plus(right) or Sum([left, right], [1.0, 1.0])
     total.origin = _joint_origin([left, right])
@@ -53,13 +54,22 @@ class Sum(FisherOperator):
         """The matrix `(P, P)`."""
         return self._total(term.to_dense() for _, term in self._terms)
 
-    def restrict(self, names: object) -> FisherOperator:
+    def restrict(self, names: Iterable[str]) -> FisherOperator:
         """The principal submatrix of some parameters, term by term."""
-        parts = [term.restrict(names) for _, term in self._terms]  # type: ignore[arg-type]
+        names = self.layout.restrict(names).names
+        parts = [term.restrict(names) for _, term in self._terms]
         return Sum(parts, [factor for factor, _ in self._terms])
 
     def _scaled(self, factor: float) -> FisherOperator:
         return Sum([term for _, term in self._terms], [factor * c for c, _ in self._terms])
+
+    def _unsupported(self, what: str, instead: str | None = None) -> UnsupportedError:
+        return UnsupportedError(
+            f"A sum over {self.origin.structure} has no exact {what}: these structures are not "
+            f"closed under sums. Measure all data in one call of nm.fisher, or each part with "
+            f"nm.Gram(), nm.Dense(), nm.BlockDiagonal(), nm.UnitWise() or nm.Diagonal(), whose "
+            f"sums keep their structure; iterative methods can use F.to_scipy()."
+        )
 
     def _total(self, values: object) -> Tensor:
         total: Tensor | None = None

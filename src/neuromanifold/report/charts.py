@@ -33,6 +33,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 _HEIGHT = 260
 _MOST_DECADES_LABELLED = 6
+_LONGEST_LABEL = 22
 
 
 def share_bars(rows: Rows, description: str) -> Spec:
@@ -82,9 +83,10 @@ def diagonal_quantiles(rows: Rows, description: str) -> Spec:
         ],
     )
     lines = base.mark_rule().encode(x=x, x2="xq95")
-    bars = base.mark_bar(size=10).encode(x="xq25:Q", x2="xq75")
+    height = _room_for(len(rows))
+    bars = base.mark_bar(size=min(10, 0.6 * height / len(rows))).encode(x="xq25:Q", x2="xq75")
     ticks = base.mark_tick(style="reference", thickness=5).encode(x="xq50:Q")
-    return _finish(lines + bars + ticks, description, _room_for(len(rows)))
+    return _finish(lines + bars + ticks, description, height)
 
 
 def spectrum(rows: Rows, description: str) -> Spec:
@@ -192,8 +194,14 @@ def _finish(chart: alt.Chart | alt.LayerChart, description: str, height: int) ->
 
 
 def _names(field: str) -> alt.Y:
-    """An axis of names, in the order of the data; of many names, as many as fit are written out."""
-    return alt.Y(f"{field}:N", sort=None, axis=alt.Axis(title=field, labelOverlap=True))
+    """An axis of names in the order of the data; of many names, as many as fit are written out.
+
+    Long names keep their end, which is what tells the layers of a network apart.
+    """
+    tail = f"slice(datum.label, length(datum.label) - {_LONGEST_LABEL - 1})"
+    label = f"length(datum.label) > {_LONGEST_LABEL} ? '…' + {tail} : datum.label"
+    axis = alt.Axis(title=field, labelOverlap=True, labelExpr=label)
+    return alt.Y(f"{field}:N", sort=None, axis=axis)
 
 
 def _room_for(bars: int, *, each: int = 30) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-__all__ = ["MISSING", "count", "counted", "listed", "percent", "power_of_ten", "quantity", "ratio"]
+__all__ = ["MISSING", "count", "counted", "percent", "power_of_ten", "quantity", "ratio"]
 
 MISSING = "–"
 """Stands for what was not measured."""
@@ -96,13 +94,3 @@ def ratio(value: float) -> str:
     if value < 10:
         return f"{value:.1f}"
     return f"{value:.0f}" if value < 1000 else quantity(value)
-
-
-def listed(words: Sequence[str]) -> str:
-    """Words in a row.
-
-    Example:
-        >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])
-        ('a', 'a and b', 'a, b and c')
-    """
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

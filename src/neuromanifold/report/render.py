@@ -35,8 +35,13 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
         ValueError: If there is nothing to report, or a dict is not an analysis.
 
     Example:
-        >>> page = render([analysis], title="My network")  # doctest: +SKIP
-        >>> Path("report.html").write_text(page, encoding="utf-8")  # doctest: +SKIP
+        >>> import torch
+        >>> from neuromanifold import Categorical
+        >>> from neuromanifold.report import collect
+        >>> model, inputs = torch.nn.Linear(3, 2), torch.ones(4, 3)
+        >>> page = render([collect(model, Categorical(), inputs, name="linear")], title="One layer")
+        >>> page.startswith("<!doctype html>"), "<h1>One layer</h1>" in page
+        (True, True)
     """
     _check(analyses)
     _require_extra()
@@ -61,7 +66,7 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
     ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("neuromanifold.report"),
-        autoescape=True,
+        autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

@@ -230,7 +230,7 @@ class AdditiveStructure(Structure):
         sums: dict[str, Statistics] = {}
         for records in source.sweeps():
             for record in records:
-                for part in record.split(RECORD_NUMEL):
+                for part in record.split(RECORD_NUMEL, whole=self.whole_gradients):
                     _accumulate(sums.setdefault(record.block.name, {}), self.statistics(part))
         source.reduce([tensor for block in sums.values() for tensor in block.values()])
         _require_finite(sums)
@@ -252,6 +252,9 @@ class AdditiveStructure(Structure):
             instead=self.instead,
         )
 
+    whole_gradients = False
+    """Whether the statistics need per-sample gradients even where a layer is used once."""
+
     instead = (
         "nm.Kronecker() keeps two small factors per layer, nm.Diagonal() one number per "
         "parameter; params=[...] measures a part of the model."
@@ -270,13 +273,19 @@ def _require_finite(sums: dict[str, Statistics]) -> None:
     bad = [
         name
         for name, statistics in sums.items()
-        if not all(bool(torch.isfinite(value).all()) for value in statistics.values())
+        if not all(_is_finite(value) for value in statistics.values())
     ]
     if bad:
         raise NonFiniteError(
             f"NaN or infinity in the statistics of {bad}: a gradient overflowed. Measure in a "
             f"wider precision (model.double()), or look at the layers above these."
         )
+
+
+def _is_finite(value: Tensor) -> bool:
+    # One pass in the usual case: NaN and infinity survive a sum, and only an overflowing sum of
+    # finite numbers needs the second look.
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def unsupported_reducer(what: str) -> UnsupportedError:

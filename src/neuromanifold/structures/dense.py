@@ -40,13 +40,19 @@ class Dense(Structure):
             for record in records:
                 gradients = record.per_sample().transpose(1, 2).flatten(0, 1)  # (V·N, G, O, I)
                 if rows is None:
+                    memory.require(
+                        len(gradients) * p * source.dtype.itemsize,
+                        source.device,
+                        what=f"Dense() with {len(gradients)} gradients of {p} parameters at once",
+                        instead="Use smaller batches.",
+                    )
                     rows = torch.empty(len(gradients), p, dtype=total.dtype, device=total.device)
                 record.block.write(gradients, rows, layout)
             assert rows is not None
             total.addmm_(rows.T, rows)
         source.reduce([total])
         whole = Block.whole(layout)
-        matrix = Matrices(whole, total[None] / source.normaliser)
+        matrix = Matrices(whole, total[None].div_(source.normaliser))
         coverage = source.coverage(lambda _: ("Dense", True, ""))
         return BlockOperator(layout, [matrix], coverage, source.origin(self))
 
@@ -62,13 +68,15 @@ class BlockDiagonal(AdditiveStructure):
         (10, 10)
     """
 
+    whole_gradients = True
+
     def statistics(self, record: Record) -> Statistics:
         """Outer products of the layer's per-sample gradient."""
         return {"moment": record.block_moment()}
 
     def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> Matrices:
         """Their mean."""
-        return Matrices(block, statistics["moment"][None] / normaliser)
+        return Matrices(block, statistics["moment"][None].div_(normaliser))
 
     def numel(self, block: Block) -> int:
         """The square of the layer's parameters."""

@@ -30,7 +30,7 @@ class Diagonal(AdditiveStructure):
 
     def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> DiagonalMatrix:
         """Their mean."""
-        return DiagonalMatrix(block, statistics["squares"] / normaliser)
+        return DiagonalMatrix(block, statistics["squares"].div_(normaliser))
 
     def numel(self, block: Block) -> int:
         """One per parameter."""

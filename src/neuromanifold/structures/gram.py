@@ -214,11 +214,17 @@ _TEMPORARY_NUMEL = 2**24
 
 def _rows(record: Record) -> _Rows:
     """Keep whichever is smaller: whole gradients, or their factors."""
-    _, fan_out, fan_in = record.block.shape
+    groups, fan_out, fan_in = record.block.shape
     sweeps, positions = record.g.shape[0], record.num_positions
     whole = sweeps * fan_out * fan_in
     factored = positions * (fan_in + sweeps * fan_out)
     if record.a is None or whole < factored:
+        memory.require(
+            record.num_samples * groups * whole * record.g.dtype.itemsize,
+            record.g.device,
+            what=f"The gradients of {record.block.name!r} for {record.num_samples} samples",
+            instead="Use fewer samples, or params=[...] without this layer.",
+        )
         parts = [part.per_sample() for part in record.split(_TEMPORARY_NUMEL)]
         return _Whole(torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1))
     # A copy: the first layer's input is the user's own tensor, which may change later.

@@ -68,9 +68,9 @@ class Kronecker(AdditiveStructure):
     def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
         """Means: inputs over uses, cotangents over samples."""
         if "squares" in statistics:
-            return DiagonalMatrix(block, statistics["squares"] / normaliser)
-        inputs = statistics["inputs"] / statistics["uses"].to(statistics["inputs"])
-        return KroneckerMatrix(block, inputs, statistics["outputs"] / normaliser)
+            return DiagonalMatrix(block, statistics["squares"].div_(normaliser))
+        inputs = statistics["inputs"].div_(statistics["uses"].to(statistics["inputs"]))
+        return KroneckerMatrix(block, inputs, statistics["outputs"].div_(normaliser))
 
     def numel(self, block: Block) -> int:
         """Two squares per group."""

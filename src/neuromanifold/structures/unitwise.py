@@ -29,7 +29,7 @@ class UnitWise(AdditiveStructure):
 
     def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> Matrices:
         """Their mean, units of all groups in one batch."""
-        return Matrices(block, statistics["moments"].flatten(0, 1) / normaliser)
+        return Matrices(block, statistics["moments"].flatten(0, 1).div_(normaliser))
 
     def numel(self, block: Block) -> int:
         """One matrix per unit."""

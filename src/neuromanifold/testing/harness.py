@@ -84,6 +84,8 @@ def _rank(
             world_size=nprocs,
             timeout=timedelta(seconds=timeout),
         )
+        # A rank with nothing to say to the others could leave while they still connect to it.
+        dist.barrier()
         result = pickle.dumps(fn(*args))
         dist.destroy_process_group()
         (folder / f"result{rank}").write_bytes(result)

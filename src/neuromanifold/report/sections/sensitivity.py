@@ -10,6 +10,9 @@ from neuromanifold.report import charts
 from neuromanifold.report.numerals import count, percent, quantity, ratio
 from neuromanifold.report.sections._base import Analysis, Section, Table, code, layer_name
 
+_QUANTILES = {"0.05": "q05", "0.25": "q25", "0.5": "q50", "0.75": "q75", "0.95": "q95"}
+"""Quantiles drawn: as an analysis names them, and as a chart does."""
+
 
 def trace_by_layer(analysis: Analysis) -> Section | None:
     """How the trace is shared among the layers."""
@@ -103,7 +106,7 @@ def diagonal(analysis: Analysis) -> Section | None:
     rows = [
         {
             "parameter": group["parameter"],
-            **{f"q{q[2:]:0<2}": value for q, value in group["quantiles"].items()},
+            **{field: group["quantiles"][q] for q, field in _QUANTILES.items()},
         }
         for group in groups
     ]
@@ -156,7 +159,7 @@ def _advice_on_diagonal(groups: Sequence[Analysis]) -> Markup:
     if zeros:
         worst = max(groups, key=lambda group: group["zeros"])
         return Markup(
-            "{} of {} entries ({}) are exactly zero, most of them in {}: moving those parameters a "
+            "{} of {} entries ({}) are exactly zero, above all in {}: moving those parameters a "
             "little changes no prediction on these data, so prune or freeze them first."
         ).format(count(zeros), count(total), percent(zeros / total), code(worst["parameter"]))
     least = min(groups, key=lambda group: group["quantiles"]["0.5"])

@@ -58,7 +58,7 @@ def _advice(losses: Sequence[float], gap: float) -> Markup:
         ).format(counted(quarter, "epoch"), percent(late / fall))
     if gap > 0.02:
         return Markup(
-            "The loss has levelled off, but accuracy is {} lower on test data: measure on those "
+            "The loss has levelled off, but the network does worse on test data: measure on those "
             "too before you judge which parameters matter."
-        ).format(percent(gap))
+        )
     return Markup("The loss has levelled off: the numbers above are those of a converged network.")

@@ -20,7 +20,7 @@
       view: { stroke: null },
       axis: {
         ...text, domainColor: line, gridColor: line, tickColor: line, ticks: false,
-        labelPadding: 6, labelLimit: 130, titlePadding: 10,
+        labelPadding: 6, labelLimit: 170, titlePadding: 10,
       },
       axisY: { titlePadding: 12 },
       legend: { ...text, symbolType: "square", symbolSize: 110, columnPadding: 18 },
@@ -62,10 +62,10 @@
     results.forEach((result, i) => {
       if (result.status === "rejected") report(`${charts[i].dataset.name} ${result.reason}`);
     });
+    const complete = results.every((result) => result.status === "fulfilled");
+    document.documentElement.dataset.ready = complete ? "1" : "0";
   };
 
-  drawAll().then(() => {
-    dark.addEventListener("change", drawAll);
-    document.documentElement.dataset.ready = "1";
-  });
+  dark.addEventListener("change", drawAll);
+  drawAll();
 }

@@ -1,0 +1,242 @@
+"""The page as text: what it says, what it leaves out, what it refuses."""
+
+from __future__ import annotations
+
+import html
+import re
+import sys
+
+import pytest
+
+from neuromanifold.errors import UnsupportedError
+from neuromanifold.report import render
+
+
+def words(page: str) -> str:
+    """What a person reads: no style, no scripts, no tags."""
+    visible = re.sub(r"<(style|script)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", visible)))
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r"<h3>(.*?)</h3>", page)
+
+
+def test_a_page_answers_every_question(conv_net):
+    page = render([conv_net], title="Digits")
+    assert headings(page) == [
+        "Which layers do the predictions depend on?",
+        "How much does each parameter matter on its own?",
+        "How many directions carry the information?",
+        "How many directions are left once damping is added?",
+        "Which approximation fits each layer?",
+        "What is lost over the whole network?",
+        "Was the network trained to the end?",
+    ]
+    assert page.count('class="says"') == page.count('class="advice"') == len(headings(page))
+
+
+def test_the_same_analysis_gives_the_same_page(conv_net):
+    assert render([conv_net], title="Digits") == render([conv_net], title="Digits")
+
+
+def test_the_drawing_library_is_there_once_for_all_charts(conv_net, nasty_mlp):
+    one = render([conv_net], title="Digits")
+    two = render([conv_net, nasty_mlp], title="Digits")
+    assert len(one) > 800_000  # the library is most of a page
+    assert len(two) < 1.2 * len(one)
+
+
+def test_nothing_is_referenced_from_elsewhere(page):
+    body = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r'(?:href|src)="([^#"][^"]*)"', body) == []
+    assert "url(" not in body
+    assert "@import" not in body
+
+
+def test_models_stand_side_by_side(conv_net, nasty_mlp):
+    assert "Side by side" not in words(render([conv_net], title="Digits"))
+    assert "Side by side" in words(render([conv_net, nasty_mlp], title="Digits"))
+
+
+def test_headline_numbers(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    # Σ k^-1.5 over 480 eigenvalues, times 8.8; and 2 / 8.8
+    assert "Trace 22.2 nats per parameter²" in text
+    assert "Largest eigenvalue 8.80 nats per parameter²" in text
+    assert "this one direction holds 39.7% of the trace" in text
+    assert "Largest stable learning rate 0.227 parameter² per nat" in text
+    assert "Trainable parameters 3,818" in text
+    assert "Samples 400" in text
+
+
+def test_frozen_parameters_are_told_apart(conv_net):
+    conv_net["model"]["num_parameters"] = 5_000_000
+    text = words(render([conv_net], title="Digits"))
+    assert "Of 5.00 M in all; the others are frozen and not measured." in text
+
+
+# Each case changes the numbers, and the advice has to follow.
+
+
+def test_advice_on_unequal_layers(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    assert "head holds 87.2% of the trace with 67.3% of the parameters." in text
+    assert "Per parameter, conv1 is 21 times as sensitive as conv2" in text
+
+
+def test_advice_on_equal_layers(conv_net):
+    for layer in conv_net["layers"]:
+        layer["trace_per_parameter"] = 0.01
+    text = words(render([conv_net], title="Digits"))
+    assert "no layer is more than 1.0 times as sensitive as another" in text
+
+
+def test_advice_on_a_silent_layer(conv_net):
+    conv_net["layers"][1] |= {"trace": 0.0, "share": 0.0, "trace_per_parameter": 0.0}
+    assert "conv2 has no Fisher information at all" in words(render([conv_net], title="Digits"))
+
+
+def test_a_model_of_one_layer_has_a_name(conv_net):
+    conv_net["layers"] = [conv_net["layers"][0] | {"name": "", "share": 1.0}]
+    text = words(render([conv_net], title="Digits"))
+    assert "(root) holds 100.0% of the trace with 100.0% of the parameters." in text
+    assert "Kronecker is the closest in (root), with an error of 0.488." in text
+
+
+def test_advice_on_parameters_without_information(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    assert "381 of 3,818 entries (10.0%) are exactly zero, above all in head.weight" in text
+
+
+def test_advice_when_every_parameter_counts(conv_net):
+    for group in conv_net["diagonal"]:
+        group["zeros"] = 0
+        group["quantiles"]["0.05"] = group["quantiles"]["0.25"]
+    text = words(render([conv_net], title="Digits"))
+    median = conv_net["diagonal"][1]["quantiles"]["0.5"]
+    assert f"below {median * 1e4:.2f}×10⁻⁴, the median of conv2.weight" in text
+    assert "left edge" not in text
+
+
+def test_advice_on_a_steep_spectrum(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    # Partial sums of k^-1.5 reach half of the whole with 2 terms and nine tenths with 34.
+    # The last of those is 34^1.5 times as small as the first.
+    assert "2 directions hold half of the trace, and 34 hold 90% of it" in text
+    assert "plain gradient descent needs about 198 times as many steps" in text
+
+
+def test_advice_on_a_flat_spectrum(conv_net):
+    spectrum = conv_net["spectrum"]
+    spectrum |= {"eigenvalues": [1.0] * 480, "leading": [1.0] * 20, "total_dimension": 600}
+    text = words(render([conv_net], title="Digits"))
+    assert "240 directions hold half of the trace, and 432 hold 90% of it" in text
+    assert "The information is spread out" in text
+
+
+def test_a_long_spectrum_is_thinned_for_the_chart_only(conv_net):
+    spectrum = conv_net["spectrum"]
+    spectrum |= {"eigenvalues": [rank**-1.5 for rank in range(1, 30_001)], "count": 30_000}
+    page = render([conv_net], title="Digits")
+    assert "only some of them are drawn" in words(page)
+    assert '"rank": 30000' in page
+    assert page.count('"rank": ') < 1100
+
+
+def test_advice_where_one_approximation_wins(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    assert "its error goes from 0.298 in head to 0.650 in conv2" in text
+    assert "do not trust it in conv2" in text
+
+
+def test_advice_where_layers_differ(nasty_mlp):
+    nasty_mlp["layers"] = [
+        layer | {"name": name}
+        for layer, name in zip(nasty_mlp["layers"], ("hidden", "out"), strict=True)
+    ]
+    text = words(render([nasty_mlp], title="Digits"))
+    assert "Kronecker is the closest in 1 of 2 layers" in text
+    assert "Use Kronecker() in general, but UnitWise() for out" in text
+
+
+def test_advice_on_coupling_between_layers(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    # (0.437 / 0.515)²
+    assert "72.0% of the squared error of Kronecker is coupling between layers" in text
+
+
+def test_advice_on_errors_inside_layers(conv_net):
+    conv_net["whole_errors"]["BlockDiagonal"] = 0.1
+    text = words(render([conv_net], title="Digits"))
+    # 1 - (0.1 / 0.515)²
+    assert "96.2% of the squared error of Kronecker arises inside the layers" in text
+
+
+@pytest.mark.parametrize(
+    ("loss", "test_accuracy", "advice"),
+    [
+        pytest.param([2.0, 1.5, 1.0, 0.5], 0.97, "still brought 33.3% of the fall", id="falling"),
+        pytest.param([2.0, 0.1, 0.1, 0.1], 0.97, "does worse on test data", id="overfitted"),
+        pytest.param([2.0, 0.1, 0.1, 0.1], 0.99, "those of a converged network", id="converged"),
+        pytest.param([2.0, 2.1, 2.2, 2.3], 0.10, "The loss did not fall", id="diverging"),
+    ],
+)
+def test_advice_on_training(conv_net, loss, test_accuracy, advice):
+    conv_net["training"] |= {"loss": loss, "test_accuracy": test_accuracy}
+    assert advice in words(render([conv_net], title="Digits"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "lost"),
+    [
+        pytest.param({"layers": []}, {0, 4}, id="layers"),
+        pytest.param({"diagonal": []}, {1}, id="diagonal"),
+        pytest.param({"spectrum": None}, {2, 3}, id="spectrum"),
+        pytest.param({"effective_dimension": []}, {3}, id="effective dimension"),
+        pytest.param({"whole_errors": {"Kronecker": None}}, {5}, id="whole errors"),
+        pytest.param({"training": None}, {6}, id="training"),
+    ],
+)
+def test_what_was_not_measured_is_left_out(conv_net, missing, lost):
+    everything = headings(render([conv_net], title="Digits"))
+    found = headings(render([conv_net | missing], title="Digits"))
+    assert found == [title for i, title in enumerate(everything) if i not in lost]
+
+
+def test_a_model_without_any_information(conv_net):
+    conv_net |= {"trace": 0.0, "largest_eigenvalue": 0.0, "max_learning_rate": None}
+    conv_net["spectrum"] |= {"eigenvalues": [], "leading": [], "count": 0}
+    text = words(render([conv_net], title="Digits"))
+    assert "Largest stable learning rate –" in text
+    assert "No eigenvalue above zero was measured." in text
+
+
+def test_one_structure_that_did_not_fit(conv_net):
+    for layer in conv_net["layers"]:
+        layer["kronecker_error"] = None
+    text = words(render([conv_net], title="Digits"))
+    assert "UnitWise is the closest in every layer" in text
+
+
+def test_notes_are_shown(conv_net):
+    conv_net["notes"] = ["Dense was left out: 1 TiB."]
+    assert "Read with care: Dense was left out: 1 TiB." in words(render([conv_net], title="Digits"))
+
+
+def test_nothing_to_report():
+    with pytest.raises(ValueError, match="pass at least one analysis"):
+        render([], title="Digits")
+
+
+@pytest.mark.parametrize("foreign", [{}, {"kind": "neuromanifold.analysis", "version": 2}])
+def test_a_foreign_dict_is_refused(conv_net, foreign):
+    with pytest.raises(ValueError, match=r"Number 2 .* expected 'neuromanifold.analysis' and 1"):
+        render([conv_net, foreign], title="Digits")
+
+
+@pytest.mark.parametrize("module", ["altair", "jinja2", "vl_convert"])
+def test_without_the_extra(conv_net, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnsupportedError, match=rf"{module}.*pip install \"neuromanifold\[report\]"):
+        render([conv_net], title="Digits")
