@@ -102,3 +102,13 @@ def test_help_does_not_load_torch(command):
     loaded = loaded_after(code)
     assert "typer" in loaded
     assert not loaded & {"torch", "numpy", "jinja2", "altair", "sklearn"}
+
+
+def test_the_reference_names_what_exists():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    for entry in text.split("\n::: ")[1:]:
+        path, *_ = entry.split(maxsplit=1)
+        listed = re.search(r"members: \[(.*)\]", entry)
+        value = pkgutil.resolve_name(path)
+        for member in listed[1].split(", ") if listed else ():
+            assert hasattr(value, member), f"{path} has no {member}"

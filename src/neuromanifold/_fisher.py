@@ -89,6 +89,7 @@ def fisher(
     with (
         reporting(progress) as report,
         torch.inference_mode(False),
+        torch.no_grad(),  # the tape enables gradients where it needs them
         torch.autocast(device.type, enabled=False),  # statistics are summed in full precision
     ):
         source = Source(

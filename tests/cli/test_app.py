@@ -33,6 +33,15 @@ def loader():
     return model, nm.Categorical(), DataLoader(TensorDataset(x, y), batch_size=4)
 
 
+class Off(nn.Module):
+    def forward(self, x):
+        return 0 * x
+
+
+def flat():
+    return nn.Sequential(nn.Linear(4, 3), Off()), nm.Categorical(), (x, y)
+
+
 def wrong_width():
     return model, nm.Categorical(), (x[:, :3], y)
 
@@ -122,6 +131,13 @@ def test_json_and_page_together(folder):
     result = run("analyze", "job.py:pair", "--json", "--out", "page.html")
     assert json.loads(result.stdout)
     assert names(folder) == {"job.py", "page.html"}
+
+
+def test_a_model_whose_outputs_never_move(folder):
+    result = run("analyze", "job.py:flat")
+    assert result.exit_code == 0, result.stderr
+    assert "learning rate" in result.stdout
+    assert names(folder) == {"job.py", "report.html"}
 
 
 def test_samples_cuts_across_batches(folder):

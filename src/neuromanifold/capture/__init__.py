@@ -8,7 +8,11 @@ from neuromanifold.capture.data import (
     check_devices,
     logits_of,
 )
-from neuromanifold.capture.generic import differentiable_twice, functional_model
+from neuromanifold.capture.generic import (
+    differentiable_twice,
+    functional_model,
+    require_function,
+)
 from neuromanifold.capture.layout import Plan, Site, plan, unwrap
 from neuromanifold.capture.tape import Tape
 
@@ -25,5 +29,6 @@ __all__ = [
     "functional_model",
     "logits_of",
     "plan",
+    "require_function",
     "unwrap",
 ]

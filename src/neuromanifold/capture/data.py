@@ -106,7 +106,10 @@ class Data:
     @property
     def num_batches(self) -> int | None:
         """Number of batches, None if the iterable does not know."""
-        return len(self._batches) if isinstance(self._batches, Sized) else None
+        try:
+            return len(self._batches) if isinstance(self._batches, Sized) else None
+        except TypeError:  # a DataLoader over an IterableDataset has a length that raises
+            return None
 
     def __iter__(self) -> Iterator[Batch]:
         empty = True

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +14,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from neuromanifold.capture.data import Batch, Forward, logits_of
+from neuromanifold.capture.graph import Graph
 from neuromanifold.capture.layout import Plan
-from neuromanifold.errors import CaptureError
+from neuromanifold.errors import CaptureError, NeuromanifoldError, UnsupportedError
 from neuromanifold.linalg import memory
 
-__all__ = ["differentiable_twice", "functional_model", "per_sample_gradients"]
+__all__ = [
+    "buffers_kept",
+    "differentiable_twice",
+    "functional_model",
+    "per_sample_gradients",
+    "require_function",
+    "runs_alone",
+]
 
 
 class _Called(nn.Module):
@@ -41,9 +52,43 @@ def functional_model(
         state = {f"model.{home}": value for name, value in params.items() for home in homes[name]}
         # With its own tying of weights, functional_call would swap the parameters of a module that
         # is registered under two names twice, and leave plain tensors behind in the user's module.
-        return canonical(logits_of(functional_call(called, state, (inputs,), tie_weights=False)))
+        with buffers_kept(plan.model), _attributes_kept(plan.model):
+            returned = functional_call(called, state, (inputs,), tie_weights=False)
+        return canonical(logits_of(returned))
 
     return function
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Let modules in training mode write into copies of their buffers, thrown away at the end."""
+    originals = [
+        (module, name, buffer)
+        for module in model.modules()
+        if module.training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    for module, name, buffer in originals:
+        module._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for module, name, buffer in originals:
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what modules keep of a pass: under a transformation it is dead afterwards."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, originals in before:
+            for name in attributes.keys() - originals.keys():
+                del attributes[name]
+            attributes.update(originals)
 
 
 def _homes(model: nn.Module) -> dict[str, list[str]]:
@@ -59,16 +104,31 @@ def _homes(model: nn.Module) -> dict[str, list[str]]:
 @contextlib.contextmanager
 def differentiable_twice() -> Iterator[None]:
     """Kernels that torch.func can transform: attention by plain mathematics, no fused fast path."""
+    _load_forward_mode()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     mkldnn = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)  # its recurrent layers have no forward mode
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with (
+            warnings.catch_warnings(),
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            # The first forward-mode product of a process loads torch's formulas, by a torch
+            # function that torch calls deprecated.
+            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch._C._set_mkldnn_enabled(mkldnn)
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Have torch load its forward-mode rules, for which it uses a function it calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def per_sample_gradients(
@@ -78,6 +138,8 @@ def per_sample_gradients(
     batch: Batch,
     outputs: Tensor,
     cotangents: Tensor,
+    *,
+    by_samples: bool,
 ) -> dict[str, Tensor]:
     """Gradients of `Σ cotangent · output` per sample and sweep, for the generic parameters.
 
@@ -88,6 +150,7 @@ def per_sample_gradients(
         batch: the inputs of N samples.
         outputs: the model's outputs `(N, ...)` for the batch, attached to their graph.
         cotangents: `(V, N, ...)`.
+        by_samples: whether samples can be run alone, with the parameters replaced.
 
     Returns:
         Per parameter, `(V, N, p)`.
@@ -102,11 +165,19 @@ def per_sample_gradients(
         instead="Use smaller batches, or params=[...] without them.",
     )
     try:
-        found = _by_vmap(plan, forward, canonical, batch, outputs, cotangents)
-    except (RuntimeError, NotImplementedError):
-        # Recurrent cells and other operators without a batching rule: N backward passes per sweep.
+        found = (
+            _by_vmap(plan, forward, canonical, batch, outputs, cotangents) if by_samples else None
+        )
+    except NeuromanifoldError:
+        raise
+    except Exception:
+        # Recurrent cells and other operators without a batching rule, and models that cannot run
+        # one sample alone.
+        found = None
+    if found is None:  # N backward passes per sweep, through the graph that is there
         found = _one_by_one(plan, outputs, cotangents)
-    return {name: value.flatten(2) for name, value in found.items()}
+    # A parameter may be a scalar: its gradients have no axis to flatten.
+    return {name: value.reshape(*value.shape[:2], -1) for name, value in found.items()}
 
 
 def _by_vmap(
@@ -136,24 +207,111 @@ def _by_vmap(
     rows = [leaf for leaf, rowed in zip(leaves, has_rows, strict=True) if rowed]
     per_sample = vmap(grad(contracted, has_aux=True), in_dims=(None, 0, 0), randomness="error")
     found: list[dict[str, Tensor]] = []
-    with differentiable_twice():
+    # Without no_grad the other parameters, which are not replaced, would keep a graph alive.
+    with torch.no_grad(), differentiable_twice():
         for cotangent in cotangents:
             gradients, alone = per_sample(params, rows, cotangent)
-            _refuse_coupled_samples(alone, outputs)
+            if _differ(alone, outputs):
+                raise _coupled_samples()
             found.append(gradients)
     return {name: torch.stack([gradients[name] for gradients in found]) for name in params}
 
 
-def _refuse_coupled_samples(alone: Tensor, together: Tensor) -> None:
-    """Each sample alone must give what it gave inside the batch."""
-    scale = together.detach().abs().amax()
-    tolerance = 100 * torch.finfo(together.dtype).eps ** 0.5 * scale
-    if bool(((alone - together.detach()).abs() > tolerance).any()):
-        raise CaptureError(
-            "The outputs of a sample change when it is run alone: the model mixes the samples of a "
-            "batch (batch statistics, in-batch attention, or an input without a sample axis whose "
-            "length happens to equal the batch size), so per-sample Fisher information does not "
-            "exist, or pass forward=... that fixes the mixing input."
+def _coupled_samples() -> CaptureError:
+    return CaptureError(
+        "The outputs of a sample change when it is run alone, so there is no Fisher information "
+        "per sample. Either the model mixes the samples of a batch (batch statistics, in-batch "
+        "attention): make it treat each sample alone. Or an input without a sample axis is as "
+        "long as the batch, and was cut into samples by mistake: use another batch size, or give "
+        "that input in forward=..."
+    )
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether outputs differ by more than another kernel would make them."""
+    one, other = one.detach(), other.detach()
+    tolerance = 100 * torch.finfo(other.dtype).eps ** 0.5 * other.abs().amax()
+    return one.shape != other.shape or bool(((one - other).abs() > tolerance).any())
+
+
+def runs_alone(
+    plan: Plan,
+    forward: Forward,
+    canonical: Callable[[Any], Tensor],
+    batch: Batch,
+    outputs: Tensor,
+) -> bool:
+    """Whether the samples of a batch can be run alone, with the generic parameters replaced.
+
+    Raises:
+        CaptureError: If they can, but then give other outputs than together.
+    """
+    num_samples = outputs.shape[0]
+    leaves, build, has_rows = batch.flatten(num_samples)
+    if not any(has_rows) or _kept_elsewhere(plan, forward, canonical, batch, plan.generic)[0]:
+        return False
+    # Without the first and the last sample, which a model may use as a reference for the others.
+    some = slice(1, -1) if num_samples > 2 else slice(1)
+    part = [leaf[some] if rowed else leaf for leaf, rowed in zip(leaves, has_rows, strict=True)]
+    function = functional_model(plan, forward, canonical)
+    with torch.no_grad():
+        try:
+            apart, again = function({}, build(part)), function({}, batch.inputs)
+        except Exception:  # the model insists on the size of the batch
+            return False
+    # A random model gives other outputs anyway.
+    if _differ(apart, outputs[some]) and not _differ(again, outputs):
+        raise _coupled_samples()
+    return True
+
+
+def _kept_elsewhere(
+    plan: Plan,
+    forward: Forward,
+    canonical: Callable[[Any], Tensor],
+    batch: Batch,
+    names: Iterable[str],
+) -> tuple[list[str], Tensor]:
+    """Those of the parameters that the model reads from elsewhere than from its modules.
+
+    Replacing a module's parameter does not reach a reference that is kept in a list or an
+    attribute, and torch.func would take its derivative for zero.
+
+    Returns:
+        Their names, and the outputs with all of the parameters replaced by themselves.
+    """
+    parameters = dict(plan.model.named_parameters())
+    replaced = {name: parameters[name].detach().requires_grad_() for name in names}
+    with torch.enable_grad():
+        outputs = functional_model(plan, forward, canonical)(replaced, batch.inputs)
+    uses = Graph.of(outputs).uses
+    return [name for name in replaced if uses[id(parameters[name])]], outputs
+
+
+def require_function(
+    plan: Plan,
+    forward: Forward,
+    canonical: Callable[[Any], Tensor],
+    batch: Batch,
+    outputs: Tensor,
+) -> None:
+    """Refuse a model whose outputs are no function of its inputs and its modules' parameters.
+
+    Raises:
+        UnsupportedError: If it is random, or keeps parameters elsewhere.
+    """
+    advice = "Measure with nm.Gram(), which needs one pass only."
+    elsewhere, again = _kept_elsewhere(plan, forward, canonical, batch, plan.layout.names)
+    if _differ(again, outputs):
+        raise UnsupportedError(
+            "The model gives other outputs when it is called again with the same inputs (dropout "
+            "in training mode?), so every product would belong to another matrix. Call "
+            f"model.eval(). {advice}"
+        )
+    if elsewhere:
+        raise UnsupportedError(
+            f"The model reads {elsewhere} from a list or an attribute instead of from the module "
+            f"that owns them, so torch.func cannot differentiate with respect to them. {advice}"
         )
 
 
@@ -168,6 +326,6 @@ def _one_by_one(plan: Plan, outputs: Tensor, cotangents: Tensor) -> dict[str, Te
             )
             for (name, values), p, g in zip(found.items(), wanted, gradients, strict=True):
                 assert name in parameters
-                values.append(torch.zeros_like(p) if g is None else g)
+                values.append(torch.zeros_like(p) if g is None else g.to_dense())
     shape = cotangents.shape[:2]
     return {name: torch.stack(values).unflatten(0, shape) for name, values in found.items()}

@@ -144,6 +144,8 @@ def _selected(model: nn.Module, params: Iterable[str] | None) -> set[str]:
                     f"There are: {', '.join(trainable)}."
                 )
             selected.update(found)
+    if not selected and params is not None:
+        raise ValueError("params is empty; name at least one parameter, or leave it out for all.")
     if not selected:
         raise ValueError(
             "The model has no trainable parameter. Call requires_grad_(True) on those whose Fisher "

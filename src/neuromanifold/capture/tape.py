@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from neuromanifold.capture.data import Batch, Forward, logits_of
-from neuromanifold.capture.generic import per_sample_gradients
+from neuromanifold.capture.data import Batch, Forward, call_model, logits_of
+from neuromanifold.capture.generic import buffers_kept, per_sample_gradients, runs_alone
+from neuromanifold.capture.graph import Graph
 from neuromanifold.capture.layout import Plan, Site
 from neuromanifold.errors import CaptureError
 from neuromanifold.layers import Call, Record
@@ -35,7 +35,7 @@ samples), axis 1, or axis 0 with positions folded in front of the samples."""
 _VERIFIED: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], dict[str, Arrangement]]] = (
     WeakKeyDictionary()
 )
-"""Arrangements already checked, per model and shapes: the check costs one sweep."""
+"""Arrangements already checked, per model and shapes: the check costs two sweeps."""
 
 
 @dataclass
@@ -67,10 +67,15 @@ class Tape:
         self._forward = forward
         self._canonical = canonical
         self._uses: dict[str, list[_Use]] = {}
+        self._unseen: set[str] = set()
         self._arrangements: dict[str, Arrangement] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._settled = False
+        self._by_samples = True
         self._listening = False
+        # What is known of a model holds for its own forward only.
+        shared = forward is call_model
+        self._verified = _VERIFIED.setdefault(plan.model, {}) if shared else {}
 
     def __enter__(self) -> Tape:
         for name, site in self.plan.sites.items():
@@ -101,9 +106,18 @@ class Tape:
                 samples cannot be told apart in its input.
         """
         self._uses = {name: [] for name in self.plan.sites}
+        self._unseen = set()
         self._batch = batch
-        with torch.enable_grad(), _separate_casts(), _listening_to_hooks(self):
+        kept = buffers_kept(self.plan.model)
+        with torch.enable_grad(), kept, _separate_casts(), _listening_to_hooks(self):
             outputs = self._canonical(logits_of(self._forward(self.plan.model, batch.inputs)))
+            if outputs.is_leaf and outputs.requires_grad:  # a parameter itself: give it a graph
+                outputs = outputs.view_as(outputs)
+        if outputs.shape[0] == 0:
+            raise ValueError(
+                f"The batch has no samples: the outputs have shape {tuple(outputs.shape)}. Leave "
+                f"empty batches out."
+            )
         if not outputs.requires_grad:
             raise CaptureError(
                 "The outputs do not depend on any measured parameter by a differentiable path. "
@@ -111,8 +125,11 @@ class Tape:
             )
         self._outputs = outputs
         self._first_records = True
-        self._account_for_every_use()
-        self._find_samples()
+        graph = Graph.of(outputs)
+        self._account_for_every_use(graph)
+        self._find_samples(graph)
+        if self.plan.generic and not self._settled:
+            self._by_samples = runs_alone(self.plan, self._forward, self._canonical, batch, outputs)
         self._settled = True
         return outputs
 
@@ -122,7 +139,7 @@ class Tape:
         The records of a batch must be asked for before the next batch is run.
         """
         uses = [(name, use) for name in self.plan.sites for use in self._uses[name]]
-        gradients = self._sweep([use.edge for _, use in uses], cotangents)
+        gradients = self._sweep([use for _, use in uses], cotangents)
         calls: dict[str, list[Call]] = {name: [] for name in self.plan.sites}
         for i, (name, use) in enumerate(uses):
             g, gradients[i] = gradients[i], None
@@ -131,7 +148,13 @@ class Tape:
             calls[name].append(self._call(name, use, g))
         generic = (
             per_sample_gradients(
-                self.plan, self._forward, self._canonical, self._batch, self._outputs, cotangents
+                self.plan,
+                self._forward,
+                self._canonical,
+                self._batch,
+                self._outputs,
+                cotangents,
+                by_samples=self._by_samples,
             )
             if self.plan.generic
             else {}
@@ -162,23 +185,35 @@ class Tape:
             # A recomputation inside a backward pass (activation checkpointing) is no second use.
             if not self._listening or torch._C._current_graph_task_id() != -1:
                 return
-            if not (torch.is_grad_enabled() and output.requires_grad):
+            if not torch.is_grad_enabled():
+                self._unseen.add(name)
+            if name not in self._uses or not output.requires_grad:
                 return
             x = (args[0] if args else next(iter(kwargs.values()))).detach() if needs_input else None
             version = 0 if x is None else x._version
-            edge = get_gradient_edge(output)
+            edge = get_gradient_edge(_before_views(output))
             use = _Use(x, version, edge, output.shape, output.dtype, output.device)
             self._uses[name].append(use)
 
         return hook
 
-    def _account_for_every_use(self) -> None:
-        """Compare how often each parameter enters the graph with how often its module reported."""
-        entries = _parameter_uses(self._outputs)
+    def _account_for_every_use(self, graph: Graph) -> None:
+        """Compare how often each parameter enters the graph with how often its module reported.
+
+        A report counts if its edge is part of the graph: an output that was thrown away, or whose
+        history an in-place operation rewrote, tells nothing.
+        """
         parameters = dict(self.plan.model.named_parameters())
         for name, site in list(self.plan.sites.items()):
-            calls = len(self._uses[name])
-            used = max(entries[id(parameters[p])] for p in site.block.parameters)
+            calls = sum(use.edge.node in graph.nodes for use in self._uses[name])
+            used = max(graph.uses[id(parameters[p])] for p in site.block.parameters)
+            if used == 0 and name in self._unseen:
+                raise CaptureError(
+                    f"Module {name!r} ran with gradients switched off, so that its parameters seem "
+                    f"to have no influence. In activation checkpointing, use "
+                    f"checkpoint(..., use_reentrant=False); under torch.no_grad(), say that they "
+                    f"are constants by requires_grad_(False), or leave them out by params=..."
+                )
             if used <= calls:
                 continue
             how = "bypassed" if calls == 0 else "also used outside"
@@ -193,9 +228,8 @@ class Tape:
 
     # ---- which rows belong to which sample -------------------------------------------------
 
-    def _find_samples(self) -> None:
+    def _find_samples(self, graph: Graph) -> None:
         num_samples = self._outputs.shape[0]
-        known = _VERIFIED.setdefault(self.plan.model, {})
         key = (
             self._outputs.shape,
             tuple(
@@ -204,37 +238,45 @@ class Tape:
                 for use in uses
             ),
         )
-        if key not in known:
-            known[key] = self._verify_arrangements(num_samples)
-        found = known[key]
+        if key not in self._verified or graph.reorders:
+            self._verified[key] = self._verify_arrangements(num_samples)
+        found = self._verified[key]
         for name in list(self.plan.sites):
             if name in found or not self._uses[name]:
                 continue
             if self._settled:
                 raise CaptureError(
                     f"The samples of this batch cannot be told apart in the input of {name!r}, "
-                    f"although those of the first batch could."
+                    f"although those of the first batch could. Does the model mix samples, or "
+                    f"reorder them by their values? Measure it with params=... without "
+                    f"{list(self.plan.sites[name].block.parameters)}."
                 )
-            self.plan.give_up(name, "its inputs have no sample axis")
+            self.plan.give_up(name, "its input rows do not belong to one sample each")
             del self._uses[name]
         self._arrangements = found
 
     def _verify_arrangements(self, num_samples: int) -> dict[str, Arrangement]:
-        """Send a cotangent back from one sample only, and see which rows it reaches."""
-        cotangent = torch.zeros_like(self._outputs)
-        sample = cotangent[-1].reshape(-1)
-        sample.copy_(torch.linspace(1, 2, sample.numel(), device=sample.device).cos())
+        """Find which rows of each layer belong to which sample.
+
+        Two cotangents go back, the second a multiple of the first with a factor for each sample.
+        Gradients are linear in the cotangent, so rows that depend on one sample alone come back
+        multiplied by its factor. Powers of two leave no rounding.
+        """
+        generator = torch.Generator().manual_seed(num_samples)
+        exponents = torch.randint(-4, 5, (num_samples,), generator=generator)
+        signs = 1 - 2 * torch.randint(2, (num_samples,), generator=generator)
+        factors = (signs * 2.0**exponents).to(self._outputs)
+        per_sample = math.prod(self._outputs.shape[1:])
+        plain = torch.linspace(1, 2, per_sample).cos().to(self._outputs).expand(num_samples, -1)
+        cotangents = torch.stack([plain, factors[:, None] * plain])
         uses = [(name, use) for name, uses in self._uses.items() for use in uses]
-        gradients = self._sweep([use.edge for _, use in uses], cotangent[None])
+        gradients = self._sweep(
+            [use for _, use in uses], cotangents.reshape(2, *self._outputs.shape)
+        )
         candidates: dict[str, list[Arrangement]] = {}
         for (name, use), g in zip(uses, gradients, strict=True):
-            fitting = [
-                arrangement
-                for arrangement in ("first", "second", "minor")
-                if _fits(use, g, num_samples, arrangement)
-            ]
             before = candidates.get(name, ["first", "second", "minor"])
-            candidates[name] = [a for a in before if a in fitting]
+            candidates[name] = [a for a in before if _fits(use, g, factors, a)]
         return {name: fitting[0] for name, fitting in candidates.items() if fitting}
 
     def _call(self, name: str, use: _Use, g: Tensor) -> Call:
@@ -267,28 +309,27 @@ class Tape:
 
     # ---- the sweep -------------------------------------------------------------------------
 
-    def _sweep(self, edges: list[GradientEdge], cotangents: Tensor) -> list[Tensor | None]:
-        """Gradients `(V, *output.shape)` at each edge; None where nothing arrives."""
-        if not edges:
+    def _sweep(self, uses: list[_Use], cotangents: Tensor) -> list[Tensor | None]:
+        """Gradients `(V, *output.shape)` at the output of each use; None where nothing arrives.
+
+        One backward pass per cotangent: batching them through vmap is slower, up to twice for
+        convolutions. What pays is to reduce the sweeps together afterwards, which they are.
+        """
+        if not uses:
             return []
-
-        def gradients(u: Tensor, batched: bool) -> list[Tensor | None]:
-            return list(
-                torch.autograd.grad(
-                    self._outputs,
-                    edges,
-                    u,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
-            )
-
-        if len(cotangents) > 1:
-            with contextlib.suppress(RuntimeError):  # an operator without a batching rule
-                return gradients(cotangents, batched=True)
-        sweeps = [gradients(u, batched=False) for u in cotangents]
-        return [None if gs[0] is None else torch.stack(gs) for gs in zip(*sweeps, strict=True)]
+        edges = [use.edge for use in uses]
+        sweeps = [
+            torch.autograd.grad(self._outputs, edges, u, retain_graph=True, allow_unused=True)
+            for u in cotangents
+        ]
+        found: list[Tensor | None] = []
+        for use, gs in zip(uses, zip(*sweeps, strict=True), strict=True):
+            if gs[0] is None:
+                found.append(None)
+            else:
+                g = gs[0][None] if len(gs) == 1 else torch.stack(gs)
+                found.append(g.reshape(len(gs), *use.shape))  # an edge may be that of a view's base
+        return found
 
 
 @contextlib.contextmanager
@@ -311,39 +352,16 @@ def _separate_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
-def _parameter_uses(outputs: Tensor) -> Counter[int]:
-    """How many times each parameter (by identity) enters the graph of the outputs.
+def _before_views(output: Tensor) -> Tensor:
+    """The tensor that a layer computed, where it returns a view of all of it.
 
-    Raises:
-        CaptureError: At a node behind which autograd hides its graph.
+    A linear layer with a bias reshapes the result for inputs with positions. An in-place operation
+    on a view rewrites the history of the view, and keeps that of its base.
     """
-    uses: Counter[int] = Counter()
-    seen = {outputs.grad_fn}
-    stack = [outputs.grad_fn]
-    while stack:
-        node = stack.pop()
-        assert node is not None
-        kind = type(node).__name__
-        if "CheckpointFunction" in kind:
-            raise CaptureError(
-                "The model uses reentrant activation checkpointing, whose graph is built only "
-                "during a backward pass. Use checkpoint(..., use_reentrant=False)."
-            )
-        if "CompiledFunction" in kind:
-            raise CaptureError(
-                "A part of the model was compiled before its layers could be observed, and hooks "
-                "do not fire inside it. Compile the whole model (torch.compile(model) is taken off "
-                "here), or measure the module before compiling its parts."
-            )
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            if (variable := getattr(child, "variable", None)) is not None:
-                uses[id(variable)] += 1
-            elif child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return uses
+    base = output._base
+    if base is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def _samples_first(x: Tensor, num_samples: int, arrangement: Arrangement, axis: int) -> Tensor:
@@ -357,8 +375,9 @@ def _samples_first(x: Tensor, num_samples: int, arrangement: Arrangement, axis: 
     return x
 
 
-def _fits(use: _Use, g: Tensor | None, num_samples: int, arrangement: Arrangement) -> bool:
-    """Whether the gradient of the last sample stays within its rows under an arrangement."""
+def _fits(use: _Use, g: Tensor | None, factors: Tensor, arrangement: Arrangement) -> bool:
+    """Whether, under an arrangement, the second gradient is the first one times the factors."""
+    num_samples = len(factors)
     for shape in (use.shape, use.shape if use.x is None else use.x.shape):
         if arrangement == "second":
             if len(shape) < 3 or shape[1] != num_samples:
@@ -367,6 +386,7 @@ def _fits(use: _Use, g: Tensor | None, num_samples: int, arrangement: Arrangemen
             return False
     if g is None:
         return arrangement == "first"
-    rows = _samples_first(g[0], num_samples, arrangement, 0)
-    others = rows[: rows.shape[0] // num_samples * (num_samples - 1)]
-    return not bool(others.any())
+    rows = _samples_first(g, num_samples, arrangement, 1).unflatten(1, (num_samples, -1)).flatten(2)
+    expected = factors[:, None].to(rows) * rows[0]
+    tolerance = torch.finfo(rows.dtype).eps ** 0.5 * expected.abs().amax(dim=1)
+    return bool(((rows[1] - expected).abs().amax(dim=1) <= tolerance).all())

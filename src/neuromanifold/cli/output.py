@@ -117,13 +117,15 @@ def _facts(analysis: Analysis) -> dict[str, str]:
         "largest eigenvalue (nats/param²)": number(analysis["largest_eigenvalue"]),
         "largest stable learning rate": number(analysis["max_learning_rate"]),
     }
-    if spectrum := analysis["spectrum"]:
-        damping = spectrum["eigenvalues"][0] / 100
+    spectrum = analysis["spectrum"]
+    if spectrum and spectrum["eigenvalues"]:
+        largest, *others = spectrum["eigenvalues"]
+        damping = largest / 100
         dimension = sum(value / (value + damping) for value in spectrum["eigenvalues"])
         facts |= {
-            "the next three eigenvalues": ", ".join(map(number, spectrum["leading"][1:4])),
+            "the next three eigenvalues": ", ".join(map(number, others[:3])),
             "non-zero eigenvalues": f"{spectrum['count']:,}",
-            f"effective dimension at damping {number(damping)}": number(dimension),
+            "effective dimension, damping 1% of largest": number(dimension),
         }
     for structure, error in (analysis["whole_errors"] or {}).items():
         facts[f"relative error of {structure}"] = number(error)

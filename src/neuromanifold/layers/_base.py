@@ -38,7 +38,10 @@ class LayerRule(ABC):
 
     @abstractmethod
     def block(self, module: nn.Module, name: str, trainable: frozenset[str]) -> Block:
-        """The module's trainable parameters (local names) as a weight matrix per group."""
+        """The module's trainable parameters (local names) as a weight matrix per group.
+
+        At most two slots: first the weight, then the bias.
+        """
 
     @abstractmethod
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -60,9 +63,12 @@ def register(module_type: type[nn.Module], rule: LayerRule) -> None:
 def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule of a module, or None.
 
-    A subclass counts only while it inherits `forward`: a changed forward is a changed layer. A
-    weight that is computed (a parametrization) is no parameter of the module: no rule applies.
+    A subclass counts only while it inherits `forward`, and an object while nobody has put another
+    `forward` on it: a changed forward is a changed layer. A weight that is computed (a
+    parametrization) is no parameter of the module: no rule applies.
     """
+    if "forward" in vars(module):
+        return None
     for module_type, rule in _RULES.items():
         if isinstance(module, module_type) and type(module).forward is module_type.forward:
             return None if nn.utils.parametrize.is_parametrized(module) else rule

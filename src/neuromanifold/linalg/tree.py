@@ -9,7 +9,7 @@ column.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -195,24 +195,28 @@ class Block:
 
     def read(self, rows: Tensor, layout: Layout) -> Tensor:
         """The block's part of rows `(R, P)`, as `(R, G, O, I)`."""
-        parts = [self._view(slot, rows, layout) for slot in self.slots]
+        parts = self.read_slots(rows, layout)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def write(self, value: Tensor, rows: Tensor, layout: Layout) -> None:
         """Store `(R, G, O, I)` into the block's part of rows `(R, P)`."""
-        start = 0
+        self.write_slots(value.split([slot.columns for slot in self.slots], dim=-1), rows, layout)
+
+    def read_slots(self, rows: Tensor, layout: Layout) -> list[Tensor]:
+        """The same slot by slot, each `(R, G, O, columns)`: views where the layout allows."""
+        parts = []
         for slot in self.slots:
-            part = value[..., start : start + slot.columns]
-            start += slot.columns
-            # The inverse of `_view`: back to the permuted view, undo the permutation, flatten.
+            part = rows[:, layout.slices[slot.parameter]].reshape(-1, *slot.view)
+            part = part.permute(0, *(1 + i for i in slot.order))
+            parts.append(part.reshape(-1, self.groups, self.fan_out, slot.columns))
+        return parts
+
+    def write_slots(self, parts: Sequence[Tensor], rows: Tensor, layout: Layout) -> None:
+        """The inverse of `read_slots`."""
+        for slot, part in zip(self.slots, parts, strict=True):
             permuted = part.reshape(-1, *(slot.view[i] for i in slot.order))
             inverse = [1 + slot.order.index(i) for i in range(len(slot.view))]
             rows[:, layout.slices[slot.parameter]] = permuted.permute(0, *inverse).flatten(1)
-
-    def _view(self, slot: Slot, rows: Tensor, layout: Layout) -> Tensor:
-        part = rows[:, layout.slices[slot.parameter]].reshape(-1, *slot.view)
-        part = part.permute(0, *(1 + i for i in slot.order))
-        return part.reshape(-1, self.groups, self.fan_out, slot.columns)
 
     def restrict(self, names: Iterable[str]) -> tuple[Block, list[int]] | None:
         """The block with some of its parameters, and the fan-in columns that stay."""

@@ -22,9 +22,10 @@ def add(left: FisherOperator, right: FisherOperator) -> FisherOperator:
         ValueError: If the terms belong to different parameters, or to another order of them.
     """
     if left.layout != right.layout:
+        different = set(left.layout.shapes.items()) ^ set(right.layout.shapes.items())
         raise ValueError(
             "Only Fisher matrices over the same parameters in the same order can be added; these "
-            f"are over {dict(left.layout.shapes)} and {dict(right.layout.shapes)}."
+            f"differ in {sorted(different) if different else 'their order'}."
         )
     total = left._plus(right) or Sum([left, right], [1.0, 1.0])
     total.origin = _joint_origin([left, right])

@@ -66,7 +66,7 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
     ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("neuromanifold.report"),
-        autoescape=False,
+        autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

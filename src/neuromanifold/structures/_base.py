@@ -233,7 +233,7 @@ class AdditiveStructure(Structure):
                 for part in record.split(RECORD_NUMEL, whole=self.whole_gradients):
                     _accumulate(sums.setdefault(record.block.name, {}), self.statistics(part))
         source.reduce([tensor for block in sums.values() for tensor in block.values()])
-        _require_finite(sums)
+        require_finite(sums)
         matrices = [
             self.assemble(block, sums[block.name], source.normaliser)
             for block in source.plan.blocks
@@ -269,7 +269,8 @@ def _accumulate(total: Statistics, part: Statistics) -> None:
             total[name] = value
 
 
-def _require_finite(sums: dict[str, Statistics]) -> None:
+def require_finite(sums: dict[str, Statistics]) -> None:
+    """Refuse statistics, by the name of the block or parameter, that hold NaN or infinity."""
     bad = [
         name
         for name, statistics in sums.items()

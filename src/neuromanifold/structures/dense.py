@@ -7,7 +7,13 @@ import torch
 from neuromanifold.layers import Record
 from neuromanifold.linalg import Block, memory
 from neuromanifold.operators import BlockOperator, Matrices
-from neuromanifold.structures._base import AdditiveStructure, Source, Statistics, Structure
+from neuromanifold.structures._base import (
+    AdditiveStructure,
+    Source,
+    Statistics,
+    Structure,
+    require_finite,
+)
 
 __all__ = ["BlockDiagonal", "Dense"]
 
@@ -51,6 +57,8 @@ class Dense(Structure):
             assert rows is not None
             total.addmm_(rows.T, rows)
         source.reduce([total])
+        squares = total.diagonal()
+        require_finite({name: {"squares": squares[s]} for name, s in layout.slices.items()})
         whole = Block.whole(layout)
         matrix = Matrices(whole, total[None].div_(source.normaliser))
         coverage = source.coverage(lambda _: ("Dense", True, ""))

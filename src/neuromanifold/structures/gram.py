@@ -21,7 +21,7 @@ from neuromanifold.layers import Record
 from neuromanifold.linalg import Block, Layout, memory, psd
 from neuromanifold.operators import Coverage, FisherOperator, Origin
 from neuromanifold.operators.storage import storable
-from neuromanifold.structures._base import Source, Structure, unsupported_reducer
+from neuromanifold.structures._base import Source, Structure, require_finite, unsupported_reducer
 
 __all__ = ["Gram", "GramOperator"]
 
@@ -48,6 +48,8 @@ class Gram(Structure):
         num_rows = 0
         for records in source.sweeps():
             chunk = [_rows(record) for record in records]
+            blocks = zip(source.plan.blocks, chunk, strict=True)
+            require_finite({block.name: rows.tensors() for block, rows in blocks})
             num_rows += chunk[0].num_rows
             memory.require(
                 num_rows * num_rows * source.dtype.itemsize,
@@ -77,12 +79,12 @@ class _Rows(ABC):
         """`Uᵀ U'` with the rows of another chunk, `(V·N, V'·N')`."""
 
     @abstractmethod
-    def project(self, x: Tensor) -> Tensor:
-        """`Uᵀ x` for `x (R, G, O, I)`, `(V·N, R)`."""
+    def project(self, x: list[Tensor]) -> Tensor:
+        """`Uᵀ x` for `x (R, G, O, I)` given slot by slot, `(V·N, R)`."""
 
     @abstractmethod
-    def combine(self, c: Tensor) -> Tensor:
-        """`U c` for `c (V·N, R)`, `(R, G, O, I)`."""
+    def combine(self, c: Tensor) -> list[Tensor]:
+        """`U c` for `c (V·N, R)`, `(R, G, O, I)` in parts along the last axis."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -110,11 +112,11 @@ class _Whole(_Rows):
         assert isinstance(other, _Whole)
         return self.gradients.flatten(1) @ other.gradients.flatten(1).T
 
-    def project(self, x: Tensor) -> Tensor:
-        return self.gradients.flatten(1) @ x.flatten(1).T
+    def project(self, x: list[Tensor]) -> Tensor:
+        return self.gradients.flatten(1) @ torch.cat(x, dim=-1).flatten(1).T
 
-    def combine(self, c: Tensor) -> Tensor:
-        return (c.T @ self.gradients.flatten(1)).unflatten(1, self.gradients.shape[1:])
+    def combine(self, c: Tensor) -> list[Tensor]:
+        return [(c.T @ self.gradients.flatten(1)).unflatten(1, self.gradients.shape[1:])]
 
     def squares(self) -> Tensor:
         return self.gradients.square().sum(dim=0)
@@ -164,22 +166,21 @@ class _Factored(_Rows):
         products *= inputs[:, None, :, :, None]
         return products.sum(dim=(0, 3, 6))
 
-    def project(self, x: Tensor) -> Tensor:
-        width = self.a.shape[-1]
+    def project(self, x: list[Tensor]) -> Tensor:
         n, t = self.a.shape[1:3]
-        s = self.a.flatten(1, 2) @ x[..., :width].mT  # (R, G, N·T, O)
+        s = (self.a.flatten(1, 2) @ x[0].mT).unflatten(2, (n, t))  # (R, G, N, T, O)
+        inner = torch.einsum("vgnto,rgnto->vnr", self.g, s)
         if self.biased:
-            s += x[..., None, :, width]
-        s = s.unflatten(2, (n, t))
-        return torch.einsum("vgnto,rgnto->vnr", self.g, s).flatten(0, 1)
+            inner += torch.einsum("vgnto,rgo->vnr", self.g, x[1].squeeze(-1))
+        return inner.flatten(0, 1)
 
-    def combine(self, c: Tensor) -> Tensor:
+    def combine(self, c: Tensor) -> list[Tensor]:
         c = c.unflatten(0, (self.g.shape[0], -1))
         weighted = torch.einsum("vnr,vgnto->rgnto", c, self.g).flatten(2, 3)  # (R, G, N·T, O)
         parts = [weighted.mT @ self.a.flatten(1, 2)]
         if self.biased:
             parts.append(weighted.sum(dim=2)[..., None])
-        return torch.cat(parts, dim=-1)
+        return parts
 
     def squares(self) -> Tensor:
         if self.g.shape[3] > 1:
@@ -280,7 +281,7 @@ class GramOperator(FisherOperator):
 
     def _project(self, rows: Tensor) -> Tensor:
         """`Ûᵀ x`, `(R, vectors)`, with the weights' square roots in Û."""
-        blocks = [block.read(rows, self.layout) for block in self._blocks]
+        blocks = [block.read_slots(rows, self.layout) for block in self._blocks]
         parts = []
         for chunk in self._chunks:
             pairs = zip(chunk.rows, blocks, strict=True)
@@ -296,8 +297,16 @@ class GramOperator(FisherOperator):
             part * math.sqrt(chunk.weight) for part, chunk in zip(parts, self._chunks, strict=True)
         ]
         for i, block in enumerate(self._blocks):
-            pairs = zip(self._chunks, weighted, strict=True)
-            block.write(_total(chunk.rows[i].combine(c) for chunk, c in pairs), out, self.layout)
+            combined = [
+                chunk.rows[i].combine(c) for chunk, c in zip(self._chunks, weighted, strict=True)
+            ]
+            if len({len(parts) for parts in combined}) > 1:  # chunks kept in different forms
+                combined = [[torch.cat(parts, dim=-1)] for parts in combined]
+            slots = [_total(parts) for parts in zip(*combined, strict=True)]
+            if len(slots) == len(block.slots):
+                block.write_slots(slots, out, self.layout)
+            else:
+                block.write(slots[0], out, self.layout)
         return out
 
     def _matmat(self, rows: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from neuromanifold._typing import Params
-from neuromanifold.capture import Tape, check_devices, differentiable_twice, functional_model
+from neuromanifold.capture import (
+    Tape,
+    check_devices,
+    differentiable_twice,
+    functional_model,
+    require_function,
+)
 from neuromanifold.operators import FisherOperator
 from neuromanifold.structures._base import Source, Structure, unsupported_reducer
 from neuromanifold.structures.diagonal import Diagonal
@@ -36,14 +42,17 @@ class Implicit(Structure):
     """
 
     def build(self, source: Source) -> ImplicitOperator:
-        """Check that the data can be read again, count them, and fix the randomness."""
+        """Check that data and model can be used again, count samples, and fix the randomness."""
         if source.reducer is not None:
             raise unsupported_reducer("Implicit()")
         source.require_repeatable("Implicit()")
         fresh = source.frozen_randomness()
         with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
             for done, batch in enumerate(source.data, start=1):
-                source.outputs(tape, batch)
+                outputs, _ = source.outputs(tape, batch)
+                if done == 1:
+                    canonical = source.likelihood.canonical
+                    require_function(source.plan, source.forward, canonical, batch, outputs)
                 if source.progress is not None:
                     source.progress(done, source.data.num_batches)
         return ImplicitOperator(self, source, fresh)
@@ -82,7 +91,7 @@ class ImplicitOperator(FisherOperator):
             def of_params(params: Params, inputs: Any = batch.inputs) -> Tensor:
                 return function(params, inputs)
 
-            with differentiable_twice():
+            with torch.no_grad(), differentiable_twice():
                 outputs, pull = vjp(of_params, params)[:2]
 
                 def push(tangent: Params, of_params: Any = of_params) -> Tensor:

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from neuromanifold.testing import cases, reference
+from neuromanifold.testing.estimator_checks import check_estimator
 from neuromanifold.testing.harness import run_ranks
+from neuromanifold.testing.layer_checks import check_layer_rule
 from neuromanifold.testing.likelihood_checks import check_likelihood
+from neuromanifold.testing.operator_checks import check_operator
+from neuromanifold.testing.structure_checks import check_structure
 
-__all__ = ["cases", "check_likelihood", "reference", "run_ranks"]
+__all__ = [
+    "cases",
+    "check_estimator",
+    "check_layer_rule",
+    "check_likelihood",
+    "check_operator",
+    "check_structure",
+    "reference",
+    "run_ranks",
+]

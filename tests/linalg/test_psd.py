@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuromanifold.errors import NotPositiveDefiniteError
+from neuromanifold.linalg import psd
+
+
+def randn(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def assert_rounding(got: Tensor, expected: Tensor, terms: int) -> None:
+    eps = torch.finfo(expected.dtype).eps
+    assert got.shape == expected.shape
+    assert (got - expected).norm() <= 10 * terms * eps * expected.norm()
+
+
+# Widths on both sides of where the symmetric half is left out, and no multiple of the block.
+@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 4), (40, 255), (40, 256), (9, 300), (2, 9, 700)])
+def test_second_moment(shape: tuple[int, ...]) -> None:
+    x = randn(*shape)
+    got = psd.second_moment(x)
+    assert_rounding(got, x.mT @ x, shape[-2])
+    assert torch.equal(got, got.mT)
+
+
+def test_second_moment_of_nothing() -> None:
+    assert torch.equal(psd.second_moment(torch.zeros(0, 3)), torch.zeros(3, 3))
+
+
+def test_eigenvalues_of_a_singular_matrix_are_not_negative() -> None:
+    x = randn(3, 20)
+    matrix = x.T @ x
+    assert torch.linalg.eigvalsh(matrix).min() < 0  # rounding, which must not get through
+    values, vectors = psd.eigh(matrix)
+    assert values.min() == 0
+    assert psd.eigenvalues(matrix).min() == 0
+    assert_rounding(vectors * values @ vectors.T, matrix, 20)
+
+
+def test_cholesky_of_a_batch_is_damped_and_leaves_its_input() -> None:
+    x = randn(2, 8, 5)
+    matrices = x.mT @ x
+    before = matrices.clone()
+    factor = psd.cholesky(matrices, 0.5)
+    assert torch.equal(matrices, before)
+    assert_rounding(factor @ factor.mT, matrices + 0.5 * torch.eye(5, dtype=x.dtype), 5)
+
+
+def test_cholesky_of_a_singular_matrix_says_what_damping_would_do() -> None:
+    matrix = torch.ones(3, 3)
+    with pytest.raises(NotPositiveDefiniteError, match=r"damping 0 .*larger damping.*4e-07"):
+        psd.cholesky(matrix, 0.0)
+
+
+def test_roots() -> None:
+    values = torch.tensor([-1e-20, 0.0, 4.0], dtype=torch.float64)
+    assert psd.square_root(values).tolist() == [0.0, 0.0, 2.0]
+    assert psd.inverse_square_root(0.25)(values)[:2].tolist() == [2.0, 2.0]
