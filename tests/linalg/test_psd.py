@@ -19,17 +19,26 @@ def assert_rounding(got: Tensor, expected: Tensor, terms: int) -> None:
     assert (got - expected).norm() <= 10 * terms * eps * expected.norm()
 
 
-# Widths on both sides of where the symmetric half is left out, and no multiple of the block.
-@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 4), (40, 255), (40, 256), (9, 300), (2, 9, 700)])
-def test_second_moment(shape: tuple[int, ...]) -> None:
+# One column, and widths on both sides of multiples of the block that is multiplied at once.
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 1), (2, 5, 4), (1, 40, 191), (1, 40, 192), (1, 40, 193), (2, 9, 700)]
+)
+def test_second_moment(shape: tuple[int, int, int]) -> None:
     x = randn(*shape)
-    got = psd.second_moment(x)
-    assert_rounding(got, x.mT @ x, shape[-2])
-    assert torch.equal(got, got.mT)
+    assert_rounding(psd.second_moment(x), x.mT @ x, shape[1])
+
+
+def test_second_moment_into_a_view() -> None:
+    x = randn(1, 5, 200)
+    full = torch.full((1, 201, 201), 9.0, dtype=x.dtype)
+    psd.second_moment(x, out=full[:, :-1, :-1])
+    assert_rounding(full[:, :-1, :-1], x.mT @ x, 5)
+    assert (full[:, -1] == 9).all()
+    assert (full[:, :, -1] == 9).all()
 
 
 def test_second_moment_of_nothing() -> None:
-    assert torch.equal(psd.second_moment(torch.zeros(0, 3)), torch.zeros(3, 3))
+    assert torch.equal(psd.second_moment(torch.zeros(1, 0, 3)), torch.zeros(1, 3, 3))
 
 
 def test_eigenvalues_of_a_singular_matrix_are_not_negative() -> None:

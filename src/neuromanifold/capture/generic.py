@@ -110,13 +110,7 @@ def differentiable_twice() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)  # its recurrent layers have no forward mode
     try:
-        with (
-            warnings.catch_warnings(),
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        ):
-            # The first forward-mode product of a process loads torch's formulas, by a torch
-            # function that torch calls deprecated.
-            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -319,11 +313,11 @@ def _one_by_one(plan: Plan, outputs: Tensor, cotangents: Tensor) -> dict[str, Te
     parameters = dict(plan.model.named_parameters())
     wanted = [parameters[name] for name in plan.generic]
     found: dict[str, list[Tensor]] = {name: [] for name in plan.generic}
+    with torch.enable_grad():
+        samples = outputs.unbind()
     for cotangent in cotangents:
-        for n in range(outputs.shape[0]):
-            gradients = torch.autograd.grad(
-                outputs[n], wanted, cotangent[n], retain_graph=True, allow_unused=True
-            )
+        for sample, u in zip(samples, cotangent, strict=True):
+            gradients = torch.autograd.grad(sample, wanted, u, retain_graph=True, allow_unused=True)
             for (name, values), p, g in zip(found.items(), wanted, gradients, strict=True):
                 assert name in parameters
                 values.append(torch.zeros_like(p) if g is None else g.to_dense())

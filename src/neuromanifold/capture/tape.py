@@ -260,12 +260,9 @@ class Tape:
 
         Two cotangents go back, the second a multiple of the first with a factor for each sample.
         Gradients are linear in the cotangent, so rows that depend on one sample alone come back
-        multiplied by its factor. Powers of two leave no rounding.
+        multiplied by its factor.
         """
-        generator = torch.Generator().manual_seed(num_samples)
-        exponents = torch.randint(-4, 5, (num_samples,), generator=generator)
-        signs = 1 - 2 * torch.randint(2, (num_samples,), generator=generator)
-        factors = (signs * 2.0**exponents).to(self._outputs)
+        factors = _factors(num_samples).to(self._outputs)
         per_sample = math.prod(self._outputs.shape[1:])
         plain = torch.linspace(1, 2, per_sample).cos().to(self._outputs).expand(num_samples, -1)
         cotangents = torch.stack([plain, factors[:, None] * plain])
@@ -373,6 +370,19 @@ def _samples_first(x: Tensor, num_samples: int, arrangement: Arrangement, axis: 
             x.unflatten(axis, (-1, num_samples)).transpose(axis, axis + 1).flatten(axis, axis + 1)
         )
     return x
+
+
+def _factors(num: int) -> Tensor:
+    """Numbers ±2^k in no order, different as long as there are some: products with them are exact.
+
+    Example:
+        >>> _factors(4).unique().numel()
+        4
+    """
+    generator = torch.Generator().manual_seed(0)
+    shuffled = [torch.randperm(18, generator=generator) for _ in range(0, num, 18)]
+    choice = torch.cat(shuffled)[:num]
+    return (1 - 2 * (choice % 2)) * 2.0 ** (choice // 2 - 4)
 
 
 def _fits(use: _Use, g: Tensor | None, factors: Tensor, arrangement: Arrangement) -> bool:

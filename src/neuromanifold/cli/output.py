@@ -125,7 +125,7 @@ def _facts(analysis: Analysis) -> dict[str, str]:
         facts |= {
             "the next three eigenvalues": ", ".join(map(number, others[:3])),
             "non-zero eigenvalues": f"{spectrum['count']:,}",
-            "effective dimension, damping 1% of largest": number(dimension),
+            "effective dimension at λmax/100": number(dimension),
         }
     for structure, error in (analysis["whole_errors"] or {}).items():
         facts[f"relative error of {structure}"] = number(error)

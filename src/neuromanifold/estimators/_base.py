@@ -61,6 +61,6 @@ class Estimator(ABC):
         """`Σ_v u_v (u_vᵀ v)` per sample, for vectors `v (R, *outputs.shape)`."""
         total = torch.zeros_like(v)
         for u in self.cotangents(likelihood, outputs, targets, generator=generator):
-            inner = (u * v).flatten(2).sum(dim=2)  # (R, N)
+            inner = (u * v).reshape(*v.shape[:2], -1).sum(dim=2)  # (R, N)
             total += u * inner.reshape(*inner.shape, *[1] * (outputs.ndim - 1))
         return total

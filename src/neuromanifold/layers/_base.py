@@ -206,7 +206,7 @@ class Record:
         if self.num_positions > 1:
             return self.per_sample().square().sum(dim=(0, 2))
         # One position: (Σ_t g_o a_i)² = g_o² a_i², so the sum over N is a matrix product.
-        weights = self.g.squeeze(3).square().sum(dim=0)
+        weights = self._squared_cotangents()  # (G, N, O)
         out = weights.new_empty(self.block.shape)
         if self.a is not None:
             inputs = self.a.squeeze(2)
@@ -215,13 +215,18 @@ class Record:
             out[..., -1] = weights.sum(dim=1)
         return out
 
+    def _squared_cotangents(self) -> Tensor:
+        """Sum over sweeps of g² at a single position, `(G, N, O)`."""
+        squares = self.g.squeeze(3).square()
+        return squares[0] if len(squares) == 1 else squares.sum(dim=0)
+
     def unit_moments(self) -> Tensor:
         """`Σ p pᵀ` over samples and sweeps of each unit's gradient p, `(G, O, I, I)`."""
         if self.num_positions > 1:
             p = self.per_sample().permute(1, 3, 0, 2, 4).flatten(2, 3)  # (G, O, V·N, I)
             return psd.second_moment(p.flatten(0, 1)).unflatten(0, p.shape[:2])
         a = self.augmented.squeeze(2)  # (G, N, I)
-        weights = self.g.squeeze(3).square().sum(dim=0).transpose(-1, -2)  # (G, O, N)
+        weights = self._squared_cotangents().mT  # (G, O, N)
         out = a.new_empty(*self.block.shape, self.block.fan_in)
         step = max(_TEMPORARY_NUMEL // a.numel(), 1)
         for start in range(0, self.block.fan_out, step):

@@ -302,7 +302,7 @@ class FisherOperator(ABC):
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `save` writes: a JSON-able description and tensors by name."""
         raise self._unsupported(
-            "saving", instead="a structure that holds numbers: any but Implicit"
+            "saving", instead="a structure that holds numbers, such as nm.Kronecker() or nm.Gram()"
         )
 
     # ---- description -----------------------------------------------------------------------
