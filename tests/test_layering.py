@@ -12,12 +12,11 @@ import pytest
 import neuromanifold
 
 ROOT = Path(neuromanifold.__file__).parent
-CONTENTS = {name: home for home, names in neuromanifold._CONTENTS.items() for name in names}
 
 LEVELS = {
     name: level
     for level, names in {
-        0: "_typing _estimate _files _progress errors",
+        0: "_extras _files _progress _typing _estimate errors",
         1: "linalg",
         2: "likelihoods layers operators distributed",
         3: "capture estimators",
@@ -52,7 +51,7 @@ def offences(source: str, module: str) -> list[str]:
         if top != "neuromanifold" or rest == "__version__":
             continue
         target = rest.partition(".")[0]
-        target = CONTENTS.get(target, target)
+        target = neuromanifold._HOME.get(target, target)
         if target == folder:
             continue
         if target not in LEVELS:

@@ -85,6 +85,11 @@ def fisher(
         raise ValueError(f'per is "sample" or "position", got {per!r}.')
     measured = plan(model, params, uncovered)
     device = measured.model.get_parameter(measured.layout.names[0]).device
+    if device.type == "meta":
+        raise ValueError(
+            "The model is on the meta device, where parameters have no values. Give it values "
+            "first: model.to_empty(device=...), then model.load_state_dict(...)."
+        )
     forward = _under_present_autocast(call_model if forward is None else forward, device)
     with (
         reporting(progress) as report,

@@ -500,6 +500,28 @@ def test_batch_norm_with_fixed_statistics() -> None:
     assert_right(model.eval(), torch.randn(N, 4), generic={"1.weight", "1.bias"})
 
 
+@pytest.mark.parametrize("kind", ["weight_norm", "lstm", "attention"])
+def test_products_where_torch_has_no_forward_mode(kind) -> None:
+    if kind == "lstm":
+        model = Net(
+            lambda net, x: net.b(net.a(x)[0][:, -1]),
+            a=nn.LSTM(4, 3, batch_first=True),
+            b=nn.Linear(3, 3),
+        )
+    elif kind == "attention":
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        model = Net(lambda net, x: net.b(net.a(x)[:, -1]), a=layer, b=nn.Linear(4, 3))
+    else:
+        model = Net(
+            lambda net, x: net.b(net.a(x).tanh().mean(1)),
+            a=parametrizations.weight_norm(nn.Linear(4, 3)),
+            b=nn.Linear(3, 3),
+        )
+    x = torch.randn(N, T, 4)
+    measured = nm.fisher(model, nm.Categorical(), x, nm.Implicit(), estimator=nm.Exact())
+    torch.testing.assert_close(measured.to_dense(), plain_fisher(model, nm.Categorical(), x))
+
+
 # ---- how the model is run -----------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import neuromanifold
-from neuromanifold.cli import app, output
+from neuromanifold import _extras
+from neuromanifold.cli import app
 
 TARGET = """
 import torch
@@ -218,7 +219,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(folder):
 
 @pytest.mark.parametrize(("command", "extra"), [("analyze", "report"), ("demo", "demo")])
 def test_a_missing_extra_names_its_install_command(folder, monkeypatch, command, extra):
-    monkeypatch.setattr(output, "find_spec", lambda _: None)
+    monkeypatch.setattr(_extras, "find_spec", lambda _: None)
     target = ["job.py:pair"] if command == "analyze" else ["--json"]
     result = run(command, *target)
     assert result.exit_code == 2

@@ -36,7 +36,7 @@ def make(layer: str, trainable: tuple[str, ...] = ("weight", "bias"), calls: int
     x = randn(*x_shape) if "weight" in trainable else None
     call = Call.of_module(rule, module, x, randn(*g_shape), folded=1)
     block = rule.block(module, "layer", frozenset(trainable))
-    return Record(block, (call,) * calls, N, first=True)
+    return Record(block, (call,) * calls, N, first=True, dtype=torch.float64)
 
 
 def assert_same(got: Tensor, expected: Tensor) -> None:
@@ -89,7 +89,8 @@ def test_half_precision_is_accumulated_in_float32() -> None:
     x, g = randn(N, 4).bfloat16(), randn(V, N, 2).bfloat16()
     rule = LinearRule()
     block = rule.block(module, "", frozenset(("weight", "bias")))
-    record = Record(block, (Call.of_module(rule, module, x, g, 1),), N, first=True)
+    call = Call.of_module(rule, module, x, g, 1)
+    record = Record(block, (call,), N, first=True, dtype=torch.float32)
     assert {record.per_sample().dtype, record.squared().dtype} == {torch.float32}
 
 

@@ -238,5 +238,5 @@ def test_a_foreign_dict_is_refused(conv_net, foreign):
 @pytest.mark.parametrize("module", ["altair", "jinja2", "vl_convert"])
 def test_without_the_extra(conv_net, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UnsupportedError, match=rf"{module}.*pip install \"neuromanifold\[report\]"):
+    with pytest.raises(UnsupportedError, match=rf"{module}.*pip install 'neuromanifold\[report\]'"):
         render([conv_net], title="Digits")

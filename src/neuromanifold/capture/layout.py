@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,6 +46,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._refuse_uncovered()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of statistics and results: the widest measured parameter's, float32 at least."""
+        dtypes = [self.model.get_parameter(name).dtype for name in self.layout.names]
+        return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
     @property
     def blocks(self) -> list[Block]:

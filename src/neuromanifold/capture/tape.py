@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -159,14 +160,14 @@ class Tape:
             if self.plan.generic
             else {}
         )
-        num_samples = self._outputs.shape[0]
+        num_samples, dtype = self._outputs.shape[0], self.plan.dtype
         first, self._first_records = self._first_records, False
         for block in self.plan.blocks:
             if block.name in self.plan.sites:
                 called = calls.pop(block.name) or [self._silent(block.name, cotangents)]
             else:
                 called = [Call.of_parameter(generic.pop(block.name))]
-            yield Record(block, tuple(called), num_samples, first=first)
+            yield Record(block, tuple(called), num_samples, first=first, dtype=dtype)
 
     @property
     def sweep_numel(self) -> int:
@@ -195,7 +196,9 @@ class Tape:
             use = _Use(x, version, edge, output.shape, output.dtype, output.device)
             self._uses[name].append(use)
 
-        return hook
+        # Compiled parts are not to compile the hook too. Nothing is compiled before this import,
+        # which takes long.
+        return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
     def _account_for_every_use(self, graph: Graph) -> None:
         """Compare how often each parameter enters the graph with how often its module reported.

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuromanifold._extras import require_extra
 from neuromanifold._progress import reporting
-from neuromanifold.cli.output import note, require_extra
+from neuromanifold.cli.output import note
 from neuromanifold.likelihoods import Categorical
 from neuromanifold.report import collect
 

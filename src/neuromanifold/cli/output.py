@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from neuromanifold._extras import require_extra
 from neuromanifold._files import atomic_path
-from neuromanifold.errors import UnsupportedError
 
-__all__ = ["check_page", "note", "publish", "require_extra"]
+__all__ = ["check_page", "note", "publish"]
 
 Analysis = Mapping[str, Any]
 """What `neuromanifold.report.collect` returns."""
@@ -25,20 +24,6 @@ Analysis = Mapping[str, Any]
 def note(text: str) -> None:
     """Say something on stderr, as it is: no markup, no line breaks of our own."""
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def require_extra(extra: str, *modules: str) -> None:
-    """Refuse early, before a long run, when an optional dependency is not installed.
-
-    Raises:
-        UnsupportedError: With the command that installs it.
-    """
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise UnsupportedError(
-            f"This needs {', '.join(missing)}, which the extra {extra!r} brings: "
-            f"pip install 'neuromanifold[{extra}]'"
-        )
 
 
 def check_page(page: Path | None) -> None:
@@ -56,7 +41,14 @@ def check_page(page: Path | None) -> None:
 
 
 def publish(analyses: Sequence[Analysis], *, title: str, page: Path | None, as_json: bool) -> None:
-    """Print the analyses, and write the page if there is to be one."""
+    """Write the page if there is to be one, then print the analyses."""
+    if page is not None:
+        from neuromanifold.report import render
+
+        html = render(list(analyses), title=title)
+        with atomic_path(page) as partial:
+            partial.write_text(html, encoding="utf-8")
+        note(f"Wrote {page}. Open it in a browser.")
     if as_json:
         typer.echo(json.dumps(list(analyses), indent=2, allow_nan=False))
     else:
@@ -66,13 +58,6 @@ def publish(analyses: Sequence[Analysis], *, title: str, page: Path | None, as_j
             console.print()
         for text in (f"{a['name']}: {line}" for a in analyses for line in a["notes"]):
             console.print(text, markup=False, highlight=False)
-    if page is not None:
-        from neuromanifold.report import render
-
-        html = render(list(analyses), title=title)
-        with atomic_path(page) as partial:
-            partial.write_text(html, encoding="utf-8")
-        note(f"Wrote {page}. Open it in a browser.")
 
 
 MISSING = "–"

@@ -25,8 +25,8 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
     """
     if not dist.is_initialized():
         raise RuntimeError(
-            "sum_over_ranks needs a process group: call torch.distributed.init_process_group first, "
-            "or leave out reducer=... in a single process."
+            "sum_over_ranks needs a process group: call torch.distributed.init_process_group "
+            "first, or leave out reducer=... in a single process."
         )
     for tensor in tensors:
         dist.all_reduce(tensor)

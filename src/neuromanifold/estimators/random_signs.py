@@ -1,4 +1,7 @@
-"""Random signs on the columns of the output Fisher (papers.md §3.6)."""
+"""Random signs on the columns of the output Fisher.
+
+Source: Martens, Sutskever and Swersky, arXiv 1206.6464 (curvature propagation).
+"""
 
 from __future__ import annotations
 

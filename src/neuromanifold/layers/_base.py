@@ -126,26 +126,34 @@ class Record:
         num_samples: N.
         first: whether this is the first record of its batch. The inputs of a layer are the same in
             every sweep, so statistics of `a` alone are counted only then.
+        dtype: precision of `a` and `g`, whatever the layer computed in.
     """
 
     def __init__(
-        self, block: Block, calls: tuple[Call, ...], num_samples: int, *, first: bool
+        self,
+        block: Block,
+        calls: tuple[Call, ...],
+        num_samples: int,
+        *,
+        first: bool,
+        dtype: torch.dtype,
     ) -> None:
         self.block = block
         self.num_samples = num_samples
         self.first = first
+        self.dtype = dtype
         self._calls = calls
 
     def samples(self, start: int, stop: int) -> Record:
         """The record of some samples."""
         calls = tuple(call.samples(start, stop) for call in self._calls)
-        return Record(self.block, calls, stop - start, first=self.first)
+        return Record(self.block, calls, stop - start, first=self.first, dtype=self.dtype)
 
     def split(self, numel: int, *, whole: bool = False) -> Iterator[Record]:
         """Parts of the record with about `numel` numbers each, along the sample axis.
 
-        What is counted is the entries of `a`, of `g` or of per-sample gradients, whichever are most;
-        per-sample gradients only where they are made: with several positions, or if `whole`.
+        What is counted is the entries of `a`, of `g` or of per-sample gradients, whichever are
+        most; per-sample gradients only where they are made: with several positions, or if `whole`.
         """
         uses = sum(call.folded * max(math.prod(call.g.shape[2:]), 1) for call in self._calls)
         positions = max(uses // (self.block.groups * self.block.fan_out), 1)
@@ -172,9 +180,9 @@ class Record:
         return self._join(parts, sample_axis=2)
 
     def _join(self, parts: list[Tensor], sample_axis: int) -> Tensor:
-        """Rows `(..., N·folded, T, ·)` of every call to `(..., N, T_all, ·)`, float32 at least."""
+        """Rows `(..., N·folded, T, ·)` of every call to `(..., N, T_all, ·)`."""
         parts = [
-            part.to(torch.promote_types(part.dtype, torch.float32))
+            part.to(self.dtype)
             .unflatten(sample_axis, (self.num_samples, -1))
             .flatten(sample_axis + 1, sample_axis + 2)
             for part in parts
@@ -241,7 +249,7 @@ class Record:
         return psd.second_moment(p[None])[0]
 
     def input_moment(self, *, reduce: bool) -> Tensor:
-        """`Σ ã ãᵀ` over samples and positions, `(G, I, I)`; reduce: of ã averaged over positions."""
+        """`Σ ã ãᵀ` over samples and positions, `(G, I, I)`; reduce: of the mean ã of each sample."""
         if self.a is None:
             count = self.num_samples * (1 if reduce else self.num_positions)
             return self.g.new_full((self.block.groups, 1, 1), float(count))
@@ -255,7 +263,7 @@ class Record:
         return moment
 
     def output_moment(self, *, reduce: bool) -> Tensor:
-        """`Σ g gᵀ` over samples, sweeps, positions, `(G, O, O)`; reduce: g summed over positions."""
+        """`Σ g gᵀ` over samples, sweeps, positions, `(G, O, O)`; reduce: of g summed per sample."""
         g = self.g.sum(dim=3, keepdim=True) if reduce else self.g
         g = g.transpose(0, 1).flatten(1, 3)  # (G, V·N·T, O)
         return psd.second_moment(g)

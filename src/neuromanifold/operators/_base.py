@@ -54,7 +54,7 @@ class FisherOperator(ABC):
     A method is exact for this operator or raises. Vectors are dicts from parameter name to tensor,
     or flat `(P,)` or `(P, R)` tensors in the layout's order; the answer has the kind that came in.
 
-    A new operator must write `_matmat`. With `_function` and `eigenvalues` it can solve, take
+    A new operator must write `_matmat`. With `_function` and `_eigenvalues` it can solve, take
     square roots, determinants and samples; what it does not write has a slow exact default or an
     error.
 
@@ -97,8 +97,8 @@ class FisherOperator(ABC):
             self._require_regular()
         return self._function(lambda values: 1 / (values + damping), rows)
 
-    def eigenvalues(self, k: int | None = None) -> Tensor:
-        """Eigenvalues in descending order, `(P,)` or the `k` largest."""
+    def _eigenvalues(self) -> Tensor:
+        """Eigenvalues in descending order; zeros at the end may be left out."""
         raise self._unsupported("eigenvalues")
 
     # ---- products --------------------------------------------------------------------------
@@ -184,6 +184,15 @@ class FisherOperator(ABC):
     def trace(self) -> Tensor:
         """Sum of the diagonal, a scalar tensor in nats/parameter²."""
         return self._diagonal().sum()
+
+    def eigenvalues(self, k: int | None = None) -> Tensor:
+        """Eigenvalues in descending order, or the `k` largest.
+
+        `Gram` lists the eigenvalues that can be non-zero; all others of the P are zero.
+        """
+        if k is not None and k < 1:
+            raise ValueError(f"eigenvalues takes k >= 1, or None for all, got k={k}.")
+        return self._eigenvalues()[:k]
 
     def norm(self) -> Tensor:
         """Frobenius norm, a scalar tensor in nats/parameter²."""

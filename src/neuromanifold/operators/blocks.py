@@ -184,10 +184,9 @@ class BlockOperator(FisherOperator):
             self._require_regular()
         return self._map(rows, lambda matrix, x: matrix.solve(x, damping))
 
-    def eigenvalues(self, k: int | None = None) -> Tensor:
-        """Eigenvalues of all blocks in descending order, or the `k` largest."""
+    def _eigenvalues(self) -> Tensor:
         values = torch.cat([matrix.eigenvalues() for matrix in self.blocks])
-        return values.sort(descending=True).values[:k]
+        return values.sort(descending=True).values
 
     def norm(self) -> Tensor:
         """Frobenius norm, a scalar tensor in nats/parameter²."""

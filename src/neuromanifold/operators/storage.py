@@ -71,14 +71,25 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fi
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            manifest = _manifest(file.metadata(), path)
-            tensors = {name: file.get_tensor(name) for name in manifest["tensors"]}
+        return _read(path, device)
+    except StorageError:
+        raise
     except SafetensorError as error:
         raise StorageError(
             f"{os.fspath(path)!r} is not a complete safetensors file ({error}). Was it truncated, "
             f"or written by something else than F.save(path)?"
         ) from error
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{os.fspath(path)!r} has a {KEY!r} manifest that makes no sense ({error!r}). Was it "
+            f"written by something else than F.save(path)?"
+        ) from error
+
+
+def _read(path: str | os.PathLike[str], device: str | torch.device) -> FisherOperator:
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        manifest = _manifest(file.metadata(), path)
+        tensors = {name: file.get_tensor(name) for name in manifest["tensors"]}
     layout = Layout({name: tuple(manifest["shapes"][name]) for name in manifest["order"]})
     manifest["origin"]["notes"] = tuple(manifest["origin"]["notes"])
     return _KINDS[manifest["kind"]]._restore(

@@ -86,7 +86,7 @@ def collect(
         measure = _Measure(model, likelihood, data, estimator, seed, notes)
         exact = measure(Gram())
         assert isinstance(exact, GramOperator)
-        values = exact.eigenvalues()
+        values = _above_rounding(exact.eigenvalues())
         stage()
         candidates = {
             structure: measure.if_it_fits(structure)
@@ -266,10 +266,14 @@ def _quantile(values: Tensor, q: float) -> float:
     return float(values.sort().values[min(int(q * len(values)), len(values) - 1)])
 
 
+def _above_rounding(values: Tensor) -> Tensor:
+    """The eigenvalues that the precision can tell from zero; at least the largest."""
+    cutoff = len(values) * torch.finfo(values.dtype).eps * values[0]
+    return values[: max(int((values > cutoff).sum()), 1)]
+
+
 def _spectrum(exact: GramOperator, values: Tensor) -> dict[str, Any]:
-    """Non-zero eigenvalues: those above the rounding of the largest."""
-    cutoff = len(values) * torch.finfo(values.dtype).eps * float(values[0])
-    nonzero = values[values > cutoff].tolist()
+    nonzero = values[values > 0].tolist()
     return {
         "method": "Gram",
         "count": len(nonzero),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
-from neuromanifold.errors import UnsupportedError
+from neuromanifold._extras import require_extra
 
 __all__ = ["render"]
 
@@ -44,7 +43,7 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
         (True, True)
     """
     _check(analyses)
-    _require_extra()
+    require_extra("report", "jinja2", "altair", "vl_convert")
     # The extra is needed from here on only, so that the library can be imported without it.
     import jinja2
 
@@ -90,15 +89,6 @@ def _check(analyses: Sequence[Mapping[str, Any]]) -> None:
                 f"expected {_KIND!r} and {_VERSION}. Pass what neuromanifold.report.collect "
                 f"returned, and measure again if that was another version."
             )
-
-
-def _require_extra() -> None:
-    missing = [name for name in ("jinja2", "altair", "vl_convert") if find_spec(name) is None]
-    if missing:
-        raise UnsupportedError(
-            f"A report needs {', '.join(missing)}, not installed here. "
-            f'Run: pip install "neuromanifold[report]"'
-        )
 
 
 @cache

@@ -137,8 +137,8 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the result: the parameters' precision, float32 at least."""
-        return torch.promote_types(self._first_parameter.dtype, torch.float32)
+        """Of the result."""
+        return self.plan.dtype
 
     @property
     def _first_parameter(self) -> Tensor:

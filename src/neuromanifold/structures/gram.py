@@ -2,7 +2,7 @@
 
 Column r of U, `(P, R)`, is the scaled gradient of one sample and one sweep. U is never formed where
 its factors (inputs and cotangents) are smaller. The R eigenvalues of K are all non-zero eigenvalues
-of F (papers.md §4.6).
+of F (the dual matrix of Karakida et al., arXiv 1806.01316).
 """
 
 from __future__ import annotations
@@ -214,12 +214,15 @@ _TEMPORARY_NUMEL = 2**24
 
 
 def _rows(record: Record) -> _Rows:
-    """Keep whichever is smaller: whole gradients, or their factors."""
+    """Keep whole gradients or their factors, whichever is smaller or multiplies faster."""
     groups, fan_out, fan_in = record.block.shape
     sweeps, positions = record.g.shape[0], record.num_positions
     whole = sweeps * fan_out * fan_in
     factored = positions * (fan_in + sweeps * fan_out)
-    if record.a is None or whole < factored:
+    # Multiplications for one pair of samples in the Gram matrix.
+    whole_cost = sweeps * whole
+    factored_cost = positions**2 * (fan_in + sweeps**2 * (fan_out + 1))
+    if record.a is None or whole < factored or (positions > 1 and whole_cost < factored_cost):
         memory.require(
             record.num_samples * groups * whole * record.g.dtype.itemsize,
             record.g.device,
@@ -321,10 +324,8 @@ class GramOperator(FisherOperator):
         """Eigenvalues of K below this, relative to the largest, are rounding."""
         return self.num_rows * torch.finfo(self.dtype).eps
 
-    def eigenvalues(self, k: int | None = None) -> Tensor:
-        """The `min(R, P)` leading eigenvalues, descending, or `k` of them; all others are zero."""
-        values = self._values.flip(0)[: self.num_parameters]
-        return values[:k]
+    def _eigenvalues(self) -> Tensor:
+        return self._values.flip(0)[: self.num_parameters]
 
     @cached_property
     def _values(self) -> Tensor:

@@ -1,4 +1,7 @@
-"""Products `F v` from the model and the data, without keeping anything (papers.md §4.6)."""
+"""Products `F v` from the model and the data, without keeping anything.
+
+Source: Schraudolph, Neural Computation 14 (2002), fast curvature matrix-vector products.
+"""
 
 from __future__ import annotations
 
@@ -93,19 +96,33 @@ class ImplicitOperator(FisherOperator):
 
             with torch.no_grad(), differentiable_twice():
                 outputs, pull = vjp(of_params, params)[:2]
-
-                def push(tangent: Params, of_params: Any = of_params) -> Tensor:
-                    return jvp(of_params, (params,), (tangent,))[1]
-
-                pushed = vmap(push)(tangents)
+                try:
+                    pushed = _push(of_params, params, tangents)
+                except NotImplementedError:  # an operator without forward mode
+                    pushed = _push_by_transposing(pull, outputs, tangents)
                 product = source.estimator.output_product(
                     source.likelihood, outputs, batch.targets, pushed, generator=generator
                 )
                 pulled = vmap(pull)(product.to(outputs.dtype))[0]
             for name, s in self.layout.slices.items():
-                total[:, s] += pulled[name].flatten(1)
+                total[:, s] += pulled[name].reshape(len(total), -1)
         return total / self._normaliser
 
     def _diagonal(self) -> Tensor:
         again = replace(self._source, generator=self._fresh(), progress=None)
         return Diagonal().build(again)._diagonal()
+
+
+def _push(
+    of_params: Callable[[Params], Tensor], params: Params, tangents: dict[str, Tensor]
+) -> Tensor:
+    """`J v` for R tangents: `(R, *outputs.shape)`."""
+    return vmap(lambda tangent: jvp(of_params, (params,), (tangent,))[1])(tangents)
+
+
+def _push_by_transposing(
+    pull: Callable[[Tensor], tuple[Params]], outputs: Tensor, tangents: dict[str, Tensor]
+) -> Tensor:
+    """`J v` as the transpose of `u ↦ Jᵀ u`, by reverse mode alone."""
+    transposed = vjp(pull, torch.zeros_like(outputs))[1]
+    return vmap(lambda tangent: transposed((tangent,))[0])(tangents)

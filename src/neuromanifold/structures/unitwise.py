@@ -1,4 +1,7 @@
-"""One matrix per unit, over its incoming weights and bias (papers.md §2.1)."""
+"""One matrix per unit, over its incoming weights and bias.
+
+Source: Amari, Karakida and Oizumi, arXiv 1808.07172.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _by_rule(
     )
     has_inputs = block.fan_in > block.biased
     call = Call.of_module(rule, module, x if has_inputs else None, cotangents, folded)
-    record = Record(block, (call,), len(x) // folded, first=True)
+    record = Record(block, (call,), len(x) // folded, first=True, dtype=torch.float64)
     gradients = record.per_sample().transpose(1, 2)  # (V, N, G, O, I)
     rows = gradients.new_empty(gradients.shape[0] * gradients.shape[1], layout.num_parameters)
     block.write(gradients.flatten(0, 1), rows, layout)
