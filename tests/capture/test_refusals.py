@@ -30,6 +30,13 @@ class Net(nn.Module):
         return self.b(self.between(self.a(x)))
 
 
+@pytest.fixture(autouse=True)
+def _same_weights():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
 def measure(model: nn.Module, structure: nm.structures.Structure | None = None) -> None:
     nm.fisher(model, nm.Categorical(), X, structure or nm.Diagonal())
 
@@ -70,6 +77,11 @@ def test_samples_that_are_mixed_before_a_parameter_without_a_rule(between) -> No
     model[1].requires_grad_(True)
     with pytest.raises(CaptureError, match=r"outputs of a sample change when it is run alone"):
         measure(model)
+
+
+def test_weak_mixing() -> None:
+    with pytest.raises(CaptureError, match=r"outputs of a sample change when it is run alone"):
+        measure(Net(lambda h: h + 0.01 * h.mean(0)))
 
 
 def test_mixing_that_starts_after_the_first_batch() -> None:

@@ -637,6 +637,18 @@ def test_autocast() -> None:
     assert 0 < error <= roundings * 2**-8 * torch.linalg.matrix_norm(full)
 
 
+def test_autocast_of_attention() -> None:
+    """Samples alone run through other kernels; what these round differently is no mixing."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    net = Net(lambda net, x: net.b(net.a(x).mean(1)), a=layer, b=nn.Linear(16, 3)).float()
+    x = torch.randn(32, T, 16).float()
+    full = nm.fisher(net, nm.Categorical(), x, nm.Diagonal(), estimator=nm.Exact()).trace()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = nm.fisher(net, nm.Categorical(), x, nm.Diagonal(), estimator=nm.Exact()).trace()
+    roundings = 8 * 6 * 2  # of eight layers, as above
+    assert 0 < abs(cast - full) <= roundings * 2**-8 * full
+
+
 def test_autocast_inside_the_model_with_a_module_called_twice() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

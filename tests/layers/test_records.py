@@ -97,6 +97,7 @@ def test_half_precision_is_accumulated_in_float32() -> None:
 def test_parameters_without_a_rule() -> None:
     gradients = randn(V, N, 5)
     block = LinearRule().block(nn.Linear(1, 5), "layer", frozenset({"bias"}))
-    record = Record(block, (Call.of_parameter(gradients),), N, first=True)
+    call = Call.of_parameter(gradients)
+    record = Record(block, (call,), N, first=True, dtype=torch.float64)
     assert_same(record.per_sample(), gradients[:, None, :, :, None])
     assert_same(record.squared(), gradients.square().sum((0, 1))[None, :, None])

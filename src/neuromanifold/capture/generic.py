@@ -139,6 +139,7 @@ def per_sample_gradients(
     cotangents: Tensor,
     *,
     by_samples: bool,
+    eps: float,
 ) -> dict[str, Tensor]:
     """Gradients of `Σ cotangent · output` per sample and sweep, for the generic parameters.
 
@@ -150,6 +151,7 @@ def per_sample_gradients(
         outputs: the model's outputs `(N, ...)` for the batch, attached to their graph.
         cotangents: `(V, N, ...)`.
         by_samples: whether samples can be run alone, with the parameters replaced.
+        eps: relative rounding of the least precise layer.
 
     Returns:
         Per parameter, `(V, N, p)`.
@@ -165,7 +167,9 @@ def per_sample_gradients(
     )
     try:
         found = (
-            _by_vmap(plan, forward, canonical, batch, outputs, cotangents) if by_samples else None
+            _by_vmap(plan, forward, canonical, batch, outputs, cotangents, eps)
+            if by_samples
+            else None
         )
     except NeuromanifoldError:
         raise
@@ -186,6 +190,7 @@ def _by_vmap(
     batch: Batch,
     outputs: Tensor,
     cotangents: Tensor,
+    eps: float,
 ) -> dict[str, Tensor]:
     function = functional_model(plan, forward, canonical)
     leaves, build, has_rows = batch.flatten(outputs.shape[0])
@@ -210,7 +215,7 @@ def _by_vmap(
     with torch.no_grad(), differentiable_twice():
         for cotangent in cotangents:
             gradients, alone = per_sample(params, rows, cotangent)
-            if _differ(alone, outputs):
+            if _differ(alone, outputs, eps):
                 raise _coupled_samples()
             found.append(gradients)
     return {name: torch.stack([gradients[name] for gradients in found]) for name in params}
@@ -226,10 +231,10 @@ def _coupled_samples() -> CaptureError:
     )
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether outputs differ by more than another kernel would make them."""
+def _differ(one: Tensor, other: Tensor, eps: float) -> bool:
+    """Whether outputs differ by more than rounding: by half of the digits."""
     one, other = one.detach(), other.detach()
-    tolerance = 100 * torch.finfo(other.dtype).eps ** 0.5 * other.abs().amax()
+    tolerance = eps**0.5 * other.abs().amax()
     return one.shape != other.shape or bool(((one - other).abs() > tolerance).any())
 
 
@@ -239,6 +244,7 @@ def runs_alone(
     canonical: Callable[[Any], Tensor],
     batch: Batch,
     outputs: Tensor,
+    eps: float,
 ) -> bool:
     """Whether the samples of a batch can be run alone, with the generic parameters replaced.
 
@@ -259,7 +265,7 @@ def runs_alone(
         except Exception:  # the model insists on the size of the batch
             return False
     # A random model gives other outputs anyway.
-    if _differ(apart, outputs[some]) and not _differ(again, outputs):
+    if _differ(apart, outputs[some], eps) and not _differ(again, outputs, eps):
         raise _coupled_samples()
     return True
 
@@ -301,7 +307,7 @@ def require_function(
     """
     advice = "Measure with nm.Gram(), which needs one pass only."
     elsewhere, again = _kept_elsewhere(plan, forward, canonical, batch, plan.layout.names)
-    if _differ(again, outputs):
+    if _differ(again, outputs, torch.finfo(outputs.dtype).eps):
         raise UnsupportedError(
             "The model gives other outputs when it is called again with the same inputs (dropout "
             "in training mode?), so every product would belong to another matrix. Call "

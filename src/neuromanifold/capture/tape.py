@@ -126,11 +126,15 @@ class Tape:
             )
         self._outputs = outputs
         self._first_records = True
+        dtypes = {use.dtype for uses in self._uses.values() for use in uses} | {outputs.dtype}
+        self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         graph = Graph.of(outputs)
         self._account_for_every_use(graph)
         self._find_samples(graph)
         if self.plan.generic and not self._settled:
-            self._by_samples = runs_alone(self.plan, self._forward, self._canonical, batch, outputs)
+            self._by_samples = runs_alone(
+                self.plan, self._forward, self._canonical, batch, outputs, self._eps
+            )
         self._settled = True
         return outputs
 
@@ -156,6 +160,7 @@ class Tape:
                 self._outputs,
                 cotangents,
                 by_samples=self._by_samples,
+                eps=self._eps,
             )
             if self.plan.generic
             else {}

@@ -249,7 +249,7 @@ class Record:
         return psd.second_moment(p[None])[0]
 
     def input_moment(self, *, reduce: bool) -> Tensor:
-        """`Σ ã ãᵀ` over samples and positions, `(G, I, I)`; reduce: of the mean ã of each sample."""
+        """`Σ ã ãᵀ` over samples and positions, `(G, I, I)`; reduce: of its mean per sample."""
         if self.a is None:
             count = self.num_samples * (1 if reduce else self.num_positions)
             return self.g.new_full((self.block.groups, 1, 1), float(count))
