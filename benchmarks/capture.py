@@ -1,6 +1,6 @@
 """Two ways to catch the gradient at a layer's output, compared in time and peak memory.
 
-Run `python -m benchmarks.capture` (about ten minutes); decision 0001 reads the result. The question
+Run `python -m benchmarks.capture` (15 to 30 minutes); decision 0001 reads the result. The question
 is which mechanism does less work, so what is compared is CPU time on one thread, which does not
 depend on what else the machine is doing.
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
-from benchmarks.harness import interleave, median_ratio, peak_memory, write_results
+from benchmarks.harness import interleave, peak_memory, quartiles, write_results
 from benchmarks.workloads import WORKLOADS, Batch, forward_backward
 
 ROUNDS = 9
@@ -291,8 +291,8 @@ def measure(workload: str) -> dict[str, Any]:
         "cases": [
             {
                 "case": case,
-                "ratio": median_ratio(seconds, unit),
-                "ratio_default_allocator": median_ratio(default_seconds, default_unit),
+                "ratio": quartiles(seconds, unit)[1],
+                "ratio_default_allocator": quartiles(default_seconds, default_unit)[1],
                 "peak_bytes": in_fresh_process(RETURN_FREED, "peak", workload, *case),
                 "seconds": seconds,
                 "seconds_default_allocator": default_seconds,

@@ -18,10 +18,11 @@ import torch
 
 __all__ = [
     "RESULTS",
+    "crowded",
     "environment",
     "interleave",
-    "median_ratio",
     "peak_memory",
+    "quartiles",
     "write_results",
 ]
 
@@ -63,9 +64,12 @@ def interleave(
     return seconds
 
 
-def median_ratio(seconds: list[float], unit: list[float]) -> float:
-    """Median over rounds of a task's time in units of another's time in the same round."""
-    return statistics.median(s / u for s, u in zip(seconds, unit, strict=True))
+def quartiles(seconds: list[float], unit: list[float]) -> list[float]:
+    """Quartiles over rounds of a task's time in units of another's time in the same round.
+
+    The middle one is the ratio to report; the outer ones say how far to trust it.
+    """
+    return statistics.quantiles((s / u for s, u in zip(seconds, unit, strict=True)), n=4)
 
 
 def peak_memory(task: Callable[[], object]) -> int:
@@ -103,6 +107,17 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
     }
+
+
+def crowded() -> bool:
+    """Whether others leave fewer cores than this process has threads; ask before measuring.
+
+    Parallel regions then wait for a thread that has no core. On two cores with one of them taken,
+    an eigendecomposition was seen to take 500 times as long, forward and backward more than 10, so
+    ratios are wrong by any factor, with narrow quartiles. `OMP_NUM_THREADS=1` avoids it.
+    """
+    free = (os.cpu_count() or 1) - os.getloadavg()[0]
+    return torch.get_num_threads() > 1 and free < torch.get_num_threads() - 0.5
 
 
 def write_results(name: str, results: Mapping[str, Any]) -> Path:

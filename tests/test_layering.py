@@ -16,8 +16,8 @@ ROOT = Path(neuromanifold.__file__).parent
 LEVELS = {
     name: level
     for level, names in {
-        0: "_extras _files _progress _typing _estimate errors",
-        1: "linalg",
+        0: "_files _progress _typing _estimate errors",
+        1: "_extras linalg",
         2: "likelihoods layers operators distributed",
         3: "capture estimators",
         4: "structures",
