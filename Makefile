@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(RUN)/neuromanifold demo --out report.html
 
 test: lint
-	$(RUN)/python -m pytest -q -W error
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -W error -n auto --maxprocesses 4
 	$(RUN)/python -m pytest -q -W error --markdown-docs README.md docs
 
 lint: $(STAMP)

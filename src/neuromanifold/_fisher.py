@@ -84,7 +84,7 @@ def fisher(
     if per not in ("sample", "position"):
         raise ValueError(f'per is "sample" or "position", got {per!r}.')
     measured = plan(model, params, uncovered)
-    device = measured.model.get_parameter(measured.layout.names[0]).device
+    device = measured.device
     if device.type == "meta":
         raise ValueError(
             "The model is on the meta device, where parameters have no values. Give it values "

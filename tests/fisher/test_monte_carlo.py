@@ -14,11 +14,11 @@ from neuromanifold.structures import Structure
 from neuromanifold.testing import cases, reference
 from neuromanifold.testing.cases import Case
 
-NUM_SEEDS = 50
+NUM_SEEDS = 200
 # Copies of the data in each measurement: 1000 independent draws per sample. A measurement is then
 # nearly Gaussian, so that its spread over seeds is a trustworthy standard error also where single
 # draws are skewed, such as squares of Gaussian labels.
-COPIES = 20
+COPIES = 5
 STANDARD_ERRORS = 4.0
 RTOL = 1e-9
 

@@ -156,7 +156,7 @@ def per_sample_gradients(
     Returns:
         Per parameter, `(V, N, p)`.
     """
-    parameters = dict(plan.model.named_parameters())
+    parameters = plan.parameters
     sizes = {name: parameters[name].numel() for name in plan.generic}
     memory.require(
         cotangents.shape[0] * cotangents.shape[1] * sum(sizes.values()) * outputs.dtype.itemsize,
@@ -194,7 +194,7 @@ def _by_vmap(
 ) -> dict[str, Tensor]:
     function = functional_model(plan, forward, canonical)
     leaves, build, has_rows = batch.flatten(outputs.shape[0])
-    parameters = dict(plan.model.named_parameters())
+    parameters = plan.parameters
     params = {name: parameters[name].detach() for name in plan.generic}
 
     def contracted(
@@ -285,7 +285,7 @@ def _kept_elsewhere(
     Returns:
         Their names, and the outputs with all of the parameters replaced by themselves.
     """
-    parameters = dict(plan.model.named_parameters())
+    parameters = plan.parameters
     replaced = {name: parameters[name].detach().requires_grad_() for name in names}
     with torch.enable_grad():
         outputs = functional_model(plan, forward, canonical)(replaced, batch.inputs)
@@ -321,7 +321,7 @@ def require_function(
 
 
 def _one_by_one(plan: Plan, outputs: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
-    parameters = dict(plan.model.named_parameters())
+    parameters = plan.parameters
     wanted = [parameters[name] for name in plan.generic]
     found: dict[str, list[Tensor]] = {name: [] for name in plan.generic}
     with torch.enable_grad():

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -33,13 +34,13 @@ class Plan:
 
     Attributes:
         model: the module that is run; wrappers for compilation and data parallelism taken off.
-        layout: all measured parameters.
+        parameters: what is measured, by name.
         sites: modules with a rule, by block name.
         generic: parameter name to the reason why no rule reads it.
     """
 
     model: nn.Module
-    layout: Layout
+    parameters: dict[str, nn.Parameter]
     sites: dict[str, Site]
     generic: dict[str, str] = field(default_factory=dict)
     uncovered: str = "generic"
@@ -47,24 +48,35 @@ class Plan:
     def __post_init__(self) -> None:
         self._refuse_uncovered()
 
-    @property
+    @cached_property
+    def layout(self) -> Layout:
+        """Names and shapes of what is measured."""
+        return Layout({name: tuple(p.shape) for name, p in self.parameters.items()})
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Of statistics and results: the widest measured parameter's, float32 at least."""
-        dtypes = [self.model.get_parameter(name).dtype for name in self.layout.names]
+        dtypes = (p.dtype for p in self.parameters.values())
         return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
-    @property
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the first measured parameter is."""
+        return next(iter(self.parameters.values())).device
+
+    @cached_property
     def blocks(self) -> list[Block]:
         """All blocks, in the order of their first parameter."""
         blocks = [site.block for site in self.sites.values()]
         blocks += [Block.vector(name, self.layout) for name in self.generic]
-        order = {name: i for i, name in enumerate(self.layout.names)}
+        order = {name: i for i, name in enumerate(self.parameters)}
         return sorted(blocks, key=lambda block: min(order[name] for name in block.parameters))
 
     def give_up(self, block_name: str, reason: str) -> None:
         """Move a module's parameters to the generic path."""
         for name in self.sites.pop(block_name).block.parameters:
             self.generic[name] = reason
+        self.__dict__.pop("blocks", None)
         self._refuse_uncovered()
 
     def _refuse_uncovered(self) -> None:
@@ -103,9 +115,7 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
         raise ValueError(f'uncovered is "generic" or "error", got {uncovered!r}.')
     model = unwrap(model)
     _refuse_batch_statistics(model)
-    names = _selected(model, params)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name in names}
-    layout = Layout(shapes)
+    parameters = _selected(model, params)
     sites: dict[str, Site] = {}
     covered: set[str] = set()
     tied = _tied(model)
@@ -115,7 +125,7 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
         local = frozenset(
             name
             for name, p in module.named_parameters(recurse=False)
-            if prefix + name in names and id(p) not in tied
+            if prefix + name in parameters and id(p) not in tied
         )
         if rule is not None and local:
             block = rule.block(module, module_name, local)
@@ -123,17 +133,17 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
                 sites[module_name] = Site(block, module, rule)
                 covered.update(block.parameters)
     generic = {}
-    parameters = dict(model.named_parameters())
-    for name in layout.names:
+    for name, p in parameters.items():
         if name not in covered:
-            shared = id(parameters[name]) in tied
+            shared = id(p) in tied
             generic[name] = "shared between modules" if shared else _owner_reason(model, name)
-    return Plan(model, layout, sites, generic, uncovered)
+    return Plan(model, parameters, sites, generic, uncovered)
 
 
-def _selected(model: nn.Module, params: Iterable[str] | None) -> set[str]:
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters())
+    trainable = [name for name, p in parameters.items() if p.requires_grad]
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if params is None:
         selected = set(trainable)
     else:
@@ -159,7 +169,7 @@ def _selected(model: nn.Module, params: Iterable[str] | None) -> set[str]:
             "The model has no trainable parameter. Call requires_grad_(True) on those whose Fisher "
             "information you want."
         )
-    return selected
+    return {name: p for name, p in parameters.items() if name in selected}
 
 
 def _tied(model: nn.Module) -> set[int]:

@@ -211,7 +211,7 @@ class Tape:
         A report counts if its edge is part of the graph: an output that was thrown away, or whose
         history an in-place operation rewrote, tells nothing.
         """
-        parameters = dict(self.plan.model.named_parameters())
+        parameters = self.plan.parameters
         for name, site in list(self.plan.sites.items()):
             calls = sum(use.edge.node in graph.nodes for use in self._uses[name])
             used = max(graph.uses[id(parameters[p])] for p in site.block.parameters)

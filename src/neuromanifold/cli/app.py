@@ -65,7 +65,7 @@ def demo(
     as_json: Json = False,
     seed: Seed = 0,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 20,
-    samples: Annotated[int, typer.Option(help="Training images to measure on.", min=1)] = 128,
+    samples: Annotated[int, typer.Option(help="Training images to measure on.", min=1)] = 256,
     debug: Debug = False,
 ) -> None:
     """Train a conv net and an MLP on handwritten digits, and report their Fisher information."""

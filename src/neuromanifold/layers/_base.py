@@ -164,14 +164,19 @@ class Record:
             self.block.num_parameters * sweeps if whole or positions > 1 else 0,
         )
         step = max(numel // largest, 1)
+        if step >= self.num_samples:
+            yield self
+            return
         for start in range(0, self.num_samples, step):
             yield self.samples(start, min(start + step, self.num_samples))
 
     @cached_property
     def a(self) -> Tensor | None:
         """Inputs `(G, N, T, I)` without the bias column; None when no weight is trainable."""
+        if self._calls[0].x is None:
+            return None
         parts = [call.inputs(call.x) for call in self._calls if call.x is not None]
-        return self._join(parts, sample_axis=1) if parts else None
+        return self._join(parts, sample_axis=1)
 
     @cached_property
     def g(self) -> Tensor:
@@ -182,12 +187,15 @@ class Record:
     def _join(self, parts: list[Tensor], sample_axis: int) -> Tensor:
         """Rows `(..., N·folded, T, ·)` of every call to `(..., N, T_all, ·)`."""
         parts = [
-            part.to(self.dtype)
-            .unflatten(sample_axis, (self.num_samples, -1))
-            .flatten(sample_axis + 1, sample_axis + 2)
+            part
+            if part.shape[sample_axis] == self.num_samples
+            else part.unflatten(sample_axis, (self.num_samples, -1)).flatten(
+                sample_axis + 1, sample_axis + 2
+            )
             for part in parts
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=sample_axis + 1)
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=sample_axis + 1)
+        return joined.to(self.dtype)
 
     @property
     def num_positions(self) -> int:
@@ -215,7 +223,7 @@ class Record:
             return self.per_sample().square().sum(dim=(0, 2))
         # One position: (Σ_t g_o a_i)² = g_o² a_i², so the sum over N is a matrix product.
         weights = self._squared_cotangents()  # (G, N, O)
-        out = weights.new_empty(self.block.shape)
+        out = psd.aligned_empty(weights, *self.block.shape)
         if self.a is not None:
             inputs = self.a.squeeze(2)
             psd.product(weights.mT, inputs.square(), out[..., : inputs.shape[-1]])
@@ -256,7 +264,7 @@ class Record:
         a = (self.a.mean(dim=2, keepdim=True) if reduce else self.a).flatten(1, 2)
         if not self.block.biased:
             return psd.second_moment(a)
-        moment = a.new_empty(self.block.groups, self.block.fan_in, self.block.fan_in)
+        moment = psd.aligned_empty(a, self.block.groups, self.block.fan_in, self.block.fan_in)
         psd.second_moment(a, out=moment[:, :-1, :-1])
         moment[:, -1, :-1] = moment[:, :-1, -1] = a.sum(dim=1)
         moment[:, -1, -1] = a.shape[1]

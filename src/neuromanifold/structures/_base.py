@@ -115,7 +115,12 @@ class Source:
         counts = torch.tensor(
             [self.num_samples, self.num_positions], dtype=torch.float64, device=self.device
         )
-        self.reducer([*tensors, counts])
+        # Collectives take a view with gaps between its rows for a contiguous tensor.
+        whole = [tensor.contiguous() for tensor in tensors]
+        self.reducer([*whole, counts])
+        for tensor, value in zip(tensors, whole, strict=True):
+            if value is not tensor:
+                tensor.copy_(value)
         self.num_samples, self.num_positions = (int(count) for count in counts)
 
     @property
@@ -132,17 +137,13 @@ class Source:
 
     @property
     def device(self) -> torch.device:
-        """Where the first measured parameter is."""
-        return self._first_parameter.device
+        """Where the statistics are summed."""
+        return self.plan.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the result."""
         return self.plan.dtype
-
-    @property
-    def _first_parameter(self) -> Tensor:
-        return self.plan.model.get_parameter(self.plan.layout.names[0])
 
     def origin(self, structure: Structure, notes: tuple[str, ...] = ()) -> Origin:
         """What the operator remembers of this measurement."""
@@ -271,22 +272,21 @@ def _accumulate(total: Statistics, part: Statistics) -> None:
 
 def require_finite(sums: dict[str, Statistics]) -> None:
     """Refuse statistics, by the name of the block or parameter, that hold NaN or infinity."""
+    # One look in the usual case: NaN and infinity survive a sum, and only an overflowing sum of
+    # finite numbers needs the second look.
+    totals = [value.sum() for statistics in sums.values() for value in statistics.values()]
+    if bool(torch.isfinite(torch.stack(totals).sum())):
+        return
     bad = [
         name
         for name, statistics in sums.items()
-        if not all(_is_finite(value) for value in statistics.values())
+        if not all(bool(torch.isfinite(value).all()) for value in statistics.values())
     ]
     if bad:
         raise NonFiniteError(
             f"NaN or infinity in the statistics of {bad}: a gradient overflowed. Measure in a "
             f"wider precision (model.double()), or look at the layers above these."
         )
-
-
-def _is_finite(value: Tensor) -> bool:
-    # One pass in the usual case: NaN and infinity survive a sum, and only an overflowing sum of
-    # finite numbers needs the second look.
-    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def unsupported_reducer(what: str) -> UnsupportedError:

@@ -149,21 +149,26 @@ class _Factored(_Rows):
             self._gram_strip(other, slice(start, start + step))
             for start in range(0, self.g.shape[2], step)
         ]
-        return torch.cat(strips, dim=1).flatten(2).flatten(0, 1)
+        gram = strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)
+        return gram.flatten(2).flatten(0, 1)
 
     def _gram_strip(self, other: _Factored, samples: slice) -> Tensor:
         """The Gram matrix of some samples, `(V, n, V', N')`."""
         a, g = self.a[:, samples], self.g[:, :, samples]
         n, positions = a.shape[1:3]
-        inputs = a.flatten(1, 2) @ other.a.flatten(1, 2).mT  # (G, n·T, N'·T')
+        itself = other is self and n == other.a.shape[1]
+        inputs = _inner(a.flatten(1, 2), other.a.flatten(1, 2), itself)  # (G, n·T, N'·T')
         if self.biased:
             inputs += 1
         left = g.transpose(0, 1).flatten(1, 3)  # (G, V·n·T, O)
         right = other.g.transpose(0, 1).flatten(1, 3)
-        products = (left @ right.mT).unflatten(2, other.g.shape[:1] + other.g.shape[2:4])
+        products = _inner(left, right, itself)
+        products = products.unflatten(2, other.g.shape[:1] + other.g.shape[2:4])
         products = products.unflatten(1, (-1, n, positions))  # (G, V, n, T, V', N', T')
         inputs = inputs.unflatten(2, other.a.shape[1:3]).unflatten(1, (n, positions))
         products *= inputs[:, None, :, :, None]
+        if products.shape[0] == positions == other.a.shape[2] == 1:
+            return products[0, :, :, 0, :, :, 0]
         return products.sum(dim=(0, 3, 6))
 
     def project(self, x: list[Tensor]) -> Tensor:
@@ -208,6 +213,11 @@ class _Factored(_Rows):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"a": self.a, "g": self.g, "biased": torch.tensor(self.biased)}
+
+
+def _inner(left: Tensor, right: Tensor, itself: bool) -> Tensor:
+    """`left rightᵀ`, by its symmetry where both are the same."""
+    return psd.second_moment(left.mT) if itself else left @ right.mT
 
 
 _TEMPORARY_NUMEL = 2**24
@@ -279,7 +289,8 @@ class GramOperator(FisherOperator):
                 part = _total(mine.gram(theirs) for mine, theirs in pairs)
                 part *= math.sqrt(left.weight * right.weight)
                 gram[rows, columns] = part
-                gram[columns, rows] = part.T
+                if left is not right:
+                    gram[columns, rows] = part.T
         return gram
 
     def _project(self, rows: Tensor) -> Tensor:
