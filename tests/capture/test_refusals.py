@@ -84,6 +84,23 @@ def test_weak_mixing() -> None:
         measure(Net(lambda h: h + 0.01 * h.mean(0)))
 
 
+def test_mixing_in_training_only() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0) if self.training else x
+
+    model = nn.Sequential(nn.Linear(4, 6), Centred(), nn.Tanh(), nn.Linear(6, 3)).eval()
+    measure(model)
+    with pytest.raises(CaptureError, match=r"outputs of a sample change when it is run alone"):
+        measure(model.train())
+
+
+def test_complex_parameters() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3, dtype=torch.complex64))
+    with pytest.raises(UnsupportedError, match=r"'1\.weight', '1\.bias'\] are complex"):
+        measure(model)
+
+
 def test_mixing_that_starts_after_the_first_batch() -> None:
     batches = [(X[:1], None), (X[1:], None)]  # one sample alone has nothing to be mixed with
     with pytest.raises(CaptureError, match=r"cannot be told apart in the input of 'a'"):

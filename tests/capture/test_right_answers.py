@@ -278,6 +278,18 @@ def test_what_is_known_of_one_forward_is_not_assumed_of_another() -> None:
     torch.testing.assert_close(transposed, last_position)
 
 
+def test_nothing_is_concluded_from_gradients_that_are_zero() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.b(torch.tanh(net.a(x.transpose(0, 1))).mean(0))
+
+    net = Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 3))
+    nn.init.zeros_(net.b.weight)
+    x = torch.randn(N, N, 4)
+    assert_right(net, x)
+    nn.init.normal_(net.b.weight)
+    assert_right(net, x, generic=set())
+
+
 def test_input_without_a_sample_axis() -> None:
     for rows in (2, N, 2 * N):
         net = Net(

@@ -175,12 +175,14 @@ def test_a_seed_gives_the_same_numbers(folder):
         ("job.py:a_loss", "its likelihood is a CrossEntropyLoss"),
         ("job.py:bad_labels", "Categorical"),
         ("broken.py:pair", "broken.py raised SyntaxError while it was being read"),
+        ("lacking.py:pair", "No module named 'absent_module'\nInstall it"),
         ("leaving.py:pair", 'behind: if __name__ == "__main__"'),
         ("notes.txt:pair", "its name should end in .py"),
     ],
 )
 def test_a_target_that_will_not_do(folder, target, said):
     (folder / "broken.py").write_text("def pair(:\n")
+    (folder / "lacking.py").write_text("import absent_module\n")
     (folder / "leaving.py").write_text("import sys\nsys.exit('usage: leaving.py WEIGHTS')\n")
     (folder / "notes.txt").write_text("pair\n")
     before = names(folder)
@@ -196,6 +198,7 @@ def test_an_error_nobody_foresaw_names_its_type(folder):
     result = run("analyze", "job.py:wrong_width")
     assert result.exit_code == 1
     assert "RuntimeError: " in result.stderr
+    assert "called with a torch.float32 tensor of shape (10, 3)" in result.stderr
     assert "--debug" in result.stderr
 
 

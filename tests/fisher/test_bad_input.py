@@ -329,6 +329,6 @@ class TestFiles:
         assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
     def test_products_cannot_be_saved(self, tmp_path) -> None:
-        with pytest.raises(UnsupportedError, match=r"Implicit\(\) has no exact saving. Measure wi"):
+        with pytest.raises(UnsupportedError, match=r"Implicit\(\) has no exact stored form"):
             measure(structure=nm.Implicit()).save(tmp_path / "F.safetensors")
         assert list(tmp_path.iterdir()) == []

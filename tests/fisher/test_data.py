@@ -208,3 +208,12 @@ def test_ignored_positions_come_from_the_targets() -> None:
     assert measure((x, y)).num_samples == 2
     torch.testing.assert_close(measure((x, y)).to_dense(), observed.to_dense() * 3 / 2)
     torch.testing.assert_close(measure((x, y), per="position").to_dense(), observed.to_dense())
+
+
+def test_implicit_products_need_one_order_of_samples():
+    dataset = torch.utils.data.TensorDataset(torch.randn(6, 3))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=3, shuffle=True)
+    model = nn.Linear(3, 2)
+    with pytest.raises(nm.errors.UnsupportedError, match=r"shuffle=False, or nm\.Exact"):
+        nm.fisher(model, nm.Categorical(), loader, nm.Implicit())
+    nm.fisher(model, nm.Categorical(), loader, nm.Implicit(), estimator=nm.Exact())

@@ -71,6 +71,12 @@ def test_inputs_that_are_not_contiguous() -> None:
     check_layer_rule(nn.Linear(4, 2), randn(1, 4).expand(2, 4))
 
 
+def test_convolution_that_was_changed_after_it_was_built() -> None:
+    module = nn.Conv2d(2, 3, 3, padding=1)
+    module.padding = module.dilation = (2, 2)
+    check_layer_rule(module, randn(2, 2, 4, 5))
+
+
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     class Halved(LinearRule):
         def cotangents(self, module: nn.Module, g: Tensor) -> Tensor:

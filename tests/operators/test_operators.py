@@ -285,3 +285,8 @@ def test_overlap_is_the_inner_product_of_matrices() -> None:
     assert torch.allclose(gram.overlap(other), expected, rtol=1e-12)
     with pytest.raises(ValueError, match="same parameters"):
         gram.overlap(other.restrict(["scale"]))
+
+
+def test_a_gram_matrix_can_be_added_to_itself() -> None:
+    gram = measure("Gram")
+    assert torch.allclose((gram + gram).norm(), 2 * gram.norm(), rtol=1e-12)

@@ -9,6 +9,7 @@ from neuromanifold.capture.data import (
     logits_of,
 )
 from neuromanifold.capture.generic import (
+    buffers_kept,
     differentiable_twice,
     functional_model,
     require_function,
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "Site",
     "Tape",
+    "buffers_kept",
     "call_model",
     "check_devices",
     "differentiable_twice",

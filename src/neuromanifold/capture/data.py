@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import RandomSampler
 
 from neuromanifold.errors import UnsupportedError
 
@@ -111,6 +112,11 @@ class Data:
         except TypeError:  # a DataLoader over an IterableDataset has a length that raises
             return None
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether each pass has another order."""
+        return isinstance(getattr(self._batches, "sampler", None), RandomSampler)
+
     def __iter__(self) -> Iterator[Batch]:
         empty = True
         for batch in self._batches:
@@ -136,12 +142,33 @@ class Data:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model the usual way: a tuple is several arguments, a mapping keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    """Call a model the usual way: a tuple is several arguments, a mapping keyword arguments.
+
+    What the model raises for inputs of a wrong shape or type gets a note with what it was given.
+    """
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        return model(inputs)
+    except (RuntimeError, TypeError) as error:
+        error.add_note(
+            f"The model was called with {_described(inputs)}. Give inputs that the "
+            f"model takes: a tensor, a tuple for model(*inputs), or a mapping for model(**inputs)."
+        )
+        raise
+
+
+def _described(value: Any) -> str:
+    """Types and shapes of what a model is given."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_described(part)}" for key, part in value.items()) or "nothing"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(_described, value)) or "nothing"
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def logits_of(outputs: Any) -> Any:

@@ -109,13 +109,15 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
 
     Raises:
         ValueError: If a name matches nothing, or nothing trainable is left.
-        UnsupportedError: If the model couples samples by train-mode batch normalisation.
+        UnsupportedError: If the model couples samples by train-mode batch normalisation, or a
+            measured parameter is complex.
     """
     if uncovered not in ("generic", "error"):
         raise ValueError(f'uncovered is "generic" or "error", got {uncovered!r}.')
     model = unwrap(model)
     _refuse_batch_statistics(model)
     parameters = _selected(model, params)
+    _refuse_complex(parameters)
     sites: dict[str, Site] = {}
     covered: set[str] = set()
     tied = _tied(model)
@@ -170,6 +172,15 @@ def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Pa
             "information you want."
         )
     return {name: p for name, p in parameters.items() if name in selected}
+
+
+def _refuse_complex(parameters: dict[str, nn.Parameter]) -> None:
+    found = [name for name, p in parameters.items() if p.is_complex()]
+    if found:
+        raise UnsupportedError(
+            f"Parameters {found} are complex; the Fisher information is over real numbers. Store "
+            f"their real and imaginary parts (torch.view_as_real), or leave them out by params=..."
+        )
 
 
 def _tied(model: nn.Module) -> set[int]:

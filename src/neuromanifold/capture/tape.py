@@ -240,15 +240,24 @@ class Tape:
         num_samples = self._outputs.shape[0]
         key = (
             self._outputs.shape,
+            # Layers may treat samples apart in evaluation, and mix them in training.
+            tuple(module.training for module in self.plan.model.modules()),
             tuple(
-                (name, use.shape, None if use.x is None else use.x.shape)
+                (
+                    name,
+                    use.shape,
+                    None if use.x is None else use.x.shape,
+                    use.edge.node in graph.nodes,
+                )
                 for name, uses in self._uses.items()
                 for use in uses
             ),
         )
-        if key not in self._verified or graph.reorders:
-            self._verified[key] = self._verify_arrangements(num_samples)
-        found = self._verified[key]
+        found = None if graph.reorders else self._verified.get(key)
+        if found is None:
+            found, conclusive = self._verify_arrangements(num_samples)
+            if conclusive:
+                self._verified[key] = found
         for name in list(self.plan.sites):
             if name in found or not self._uses[name]:
                 continue
@@ -263,12 +272,17 @@ class Tape:
             del self._uses[name]
         self._arrangements = found
 
-    def _verify_arrangements(self, num_samples: int) -> dict[str, Arrangement]:
+    def _verify_arrangements(self, num_samples: int) -> tuple[dict[str, Arrangement], bool]:
         """Find which rows of each layer belong to which sample.
 
         Two cotangents go back, the second a multiple of the first with a factor for each sample.
         Gradients are linear in the cotangent, so rows that depend on one sample alone come back
         multiplied by its factor.
+
+        Returns:
+            Per layer that has one, its arrangement; and whether that holds for other values too.
+            It need not where a gradient is zero, which every arrangement fits: behind weights that
+            start at zero, the gradient comes with training.
         """
         factors = _factors(num_samples).to(self._outputs)
         per_sample = math.prod(self._outputs.shape[1:])
@@ -282,7 +296,8 @@ class Tape:
         for (name, use), g in zip(uses, gradients, strict=True):
             before = candidates.get(name, ["first", "second", "minor"])
             candidates[name] = [a for a in before if _fits(use, g, factors, a)]
-        return {name: fitting[0] for name, fitting in candidates.items() if fitting}
+        found = {name: fitting[0] for name, fitting in candidates.items() if fitting}
+        return found, all(g is None or bool(g.any()) for g in gradients)
 
     def _call(self, name: str, use: _Use, g: Tensor) -> Call:
         """A use with its samples brought to the front: rows `(N·folded, ...)`."""
@@ -317,8 +332,8 @@ class Tape:
     def _sweep(self, uses: list[_Use], cotangents: Tensor) -> list[Tensor | None]:
         """Gradients `(V, *output.shape)` at the output of each use; None where nothing arrives.
 
-        One backward pass per cotangent: batching them through vmap is slower, up to twice for
-        convolutions. What pays is to reduce the sweeps together afterwards, which they are.
+        One backward pass per cotangent: batching them through vmap takes as long and needs more
+        memory. What pays is to reduce the sweeps together afterwards, which they are.
         """
         if not uses:
             return []

@@ -145,5 +145,6 @@ def _readable_errors(debug: bool) -> Iterator[None]:
             raise
         expected = isinstance(error, (ValueError, TypeError, OSError))
         text = str(error) if expected else f"{type(error).__name__}: {error}"
-        note(f"Error: {text}\n(--debug shows the traceback.)")
+        said = [f"Error: {text}", *getattr(error, "__notes__", ())]
+        note("\n".join([*said, "(--debug shows the traceback.)"]))
         raise typer.Exit(2 if expected else 1) from None

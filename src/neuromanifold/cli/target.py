@@ -57,9 +57,17 @@ def _run_file(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"{path} raised {type(error).__name__} while it was being read: {error}\n"
-            f'Keep what should not run now behind: if __name__ == "__main__":'
+            f"{_remedy(error)}"
         ) from error
     return module
+
+
+def _remedy(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return "Mend that line."
+    if isinstance(error, ModuleNotFoundError):
+        return f"Install it for {sys.executable}, or put it beside the file."
+    return 'Keep what should not run now behind: if __name__ == "__main__":'
 
 
 def _function(module: ModuleType, name: str, file: str) -> Callable[[], Any]:

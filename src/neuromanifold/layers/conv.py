@@ -37,8 +37,7 @@ class ConvRule(LayerRule):
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`(rows, C, *spatial)` to patches `(G, rows, T, C/G·∏k)`."""
         assert isinstance(module, Conv)
-        # The module keeps its padding resolved for F.pad, "same" and all padding modes included.
-        padding = module._reversed_padding_repeated_twice
+        padding = _padding(module)
         if any(padding):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             x = F.pad(x, padding, mode=mode)
@@ -55,6 +54,15 @@ class ConvRule(LayerRule):
         assert isinstance(module, Conv)
         g = g.flatten(3).unflatten(2, (module.groups, -1))  # (V, rows, G, O, T)
         return g.permute(0, 2, 1, 4, 3)
+
+
+def _padding(module: Conv) -> list[int]:
+    """Padding as F.pad takes it: last axis first, both ends of each."""
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        # As the forward pass reads it: it may have been changed after the module was built.
+        return [size for size in reversed(module.padding) for _ in range(2)]
+    # The module keeps "same", and the padding of other modes, resolved.
+    return list(module._reversed_padding_repeated_twice)
 
 
 def _patches(x: Tensor, module: Conv) -> Tensor:

@@ -310,9 +310,7 @@ class FisherOperator(ABC):
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `save` writes: a JSON-able description and tensors by name."""
-        raise self._unsupported(
-            "saving", instead="a structure that holds numbers, such as nm.Kronecker() or nm.Gram()"
-        )
+        raise self._unsupported("stored form")
 
     # ---- description -----------------------------------------------------------------------
 
@@ -367,14 +365,11 @@ class FisherOperator(ABC):
                 "F.trace() / F.num_parameters, is a usual start."
             )
 
-    def _unsupported(self, what: str, instead: str | None = None) -> UnsupportedError:
-        instead = instead or (
-            "nm.Gram() (exact for the batch, any P), nm.Kronecker(), nm.UnitWise(), "
-            "nm.Diagonal(), nm.BlockDiagonal() or nm.Dense()"
-        )
+    def _unsupported(self, what: str) -> UnsupportedError:
         return UnsupportedError(
-            f"{self.origin.structure} has no exact {what}. Measure with {instead}; iterative "
-            f"methods can use F.to_scipy()."
+            f"{self.origin.structure} has no exact {what}. Measure with nm.Gram() (exact for the "
+            f"batch, any P), nm.Kronecker(), nm.UnitWise(), nm.Diagonal(), nm.BlockDiagonal() or "
+            f"nm.Dense(); iterative methods can use F.to_scipy()."
         )
 
 

@@ -64,7 +64,7 @@ class Sum(FisherOperator):
     def _scaled(self, factor: float) -> FisherOperator:
         return Sum([term for _, term in self._terms], [factor * c for c, _ in self._terms])
 
-    def _unsupported(self, what: str, instead: str | None = None) -> UnsupportedError:
+    def _unsupported(self, what: str) -> UnsupportedError:
         return UnsupportedError(
             f"A sum over {self.origin.structure} has no exact {what}: these structures are not "
             f"closed under sums. Measure all data in one call of nm.fisher, or each part with "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neuromanifold._fisher import fisher
 from neuromanifold._progress import Progress, reporting
-from neuromanifold.capture import Data, call_model, logits_of, unwrap
+from neuromanifold.capture import Data, buffers_kept, call_model, logits_of, unwrap
 from neuromanifold.errors import TooLargeError
 from neuromanifold.estimators import Estimator, Exact, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
@@ -167,7 +167,7 @@ def _choose_estimator(
 ) -> Estimator:
     """The exact Fisher if its Gram matrix stays small, else one label per input."""
     num_samples, columns = 0, 0
-    with torch.no_grad():
+    with torch.no_grad(), buffers_kept(model):
         for batch in Data(data):
             outputs = likelihood.canonical(logits_of(call_model(model, batch.inputs)))
             num_samples += len(outputs)

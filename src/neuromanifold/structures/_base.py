@@ -35,7 +35,7 @@ Reducer = Callable[[list[Tensor]], None]
 
 SWEEP_BYTES = 2**28
 """Cotangents of several sweeps travel together while they keep less than this alive."""
-RECORD_NUMEL = 2**21
+RECORD_NUMEL = 2**20
 """Records are reduced in parts of about this many numbers, which stay in the cache."""
 
 

@@ -8,7 +8,6 @@ of F (the dual matrix of Karakida et al., arXiv 1806.01316).
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuromanifold.layers import Record
 from neuromanifold.linalg import Block, Layout, memory, psd
 from neuromanifold.operators import Coverage, FisherOperator, Origin
 from neuromanifold.operators.storage import storable
 from neuromanifold.structures._base import Source, Structure, require_finite, unsupported_reducer
+from neuromanifold.structures.rows import (
+    TEMPORARY_NUMEL,
+    FactoredRows,
+    Rows,
+    WholeRows,
+    rows_of,
+)
 
 __all__ = ["Gram", "GramOperator"]
 
@@ -47,7 +52,7 @@ class Gram(Structure):
         chunks: list[_Chunk] = []
         num_rows = 0
         for records in source.sweeps():
-            chunk = [_rows(record) for record in records]
+            chunk = [rows_of(record) for record in records]
             blocks = zip(source.plan.blocks, chunk, strict=True)
             require_finite({block.name: rows.tensors() for block, rows in blocks})
             num_rows += chunk[0].num_rows
@@ -69,188 +74,12 @@ class Gram(Structure):
         )
 
 
-class _Rows(ABC):
-    """Columns of U for one block and the V·N sweeps and samples of one chunk."""
-
-    num_rows: int
-
-    @abstractmethod
-    def gram(self, other: _Rows) -> Tensor:
-        """`Uᵀ U'` with the rows of another chunk, `(V·N, V'·N')`."""
-
-    @abstractmethod
-    def project(self, x: list[Tensor]) -> Tensor:
-        """`Uᵀ x` for `x (R, G, O, I)` given slot by slot, `(V·N, R)`."""
-
-    @abstractmethod
-    def combine(self, c: Tensor) -> list[Tensor]:
-        """`U c` for `c (V·N, R)`, `(R, G, O, I)` in parts along the last axis."""
-
-    @abstractmethod
-    def squares(self) -> Tensor:
-        """Sum over V·N of the squared entries, `(G, O, I)`."""
-
-    @abstractmethod
-    def restrict(self, columns: list[int]) -> _Rows:
-        """Some fan-in columns."""
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The numbers, by argument name of the constructor."""
-
-
-class _Whole(_Rows):
-    """Gradients as they are, `(V·N, G, O, I)`."""
-
-    def __init__(self, gradients: Tensor) -> None:
-        self.gradients = gradients
-        self.num_rows = len(gradients)
-
-    def gram(self, other: _Rows) -> Tensor:
-        if isinstance(other, _Factored):
-            other = _Whole(other.per_sample())
-        assert isinstance(other, _Whole)
-        return self.gradients.flatten(1) @ other.gradients.flatten(1).T
-
-    def project(self, x: list[Tensor]) -> Tensor:
-        return self.gradients.flatten(1) @ torch.cat(x, dim=-1).flatten(1).T
-
-    def combine(self, c: Tensor) -> list[Tensor]:
-        return [(c.T @ self.gradients.flatten(1)).unflatten(1, self.gradients.shape[1:])]
-
-    def squares(self) -> Tensor:
-        return self.gradients.square().sum(dim=0)
-
-    def restrict(self, columns: list[int]) -> _Whole:
-        return _Whole(self.gradients[..., columns])
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"gradients": self.gradients}
-
-
-class _Factored(_Rows):
-    """Gradients `Σ_t g ãᵀ` by their factors: `a (G, N, T, I)` without bias, `g (V, G, N, T, O)`."""
-
-    def __init__(self, a: Tensor, g: Tensor, biased: bool) -> None:
-        self.a = a
-        self.g = g
-        self.biased = biased
-        self.num_rows = g.shape[0] * g.shape[2]
-
-    def gram(self, other: _Rows) -> Tensor:
-        if isinstance(other, _Whole):
-            return _Whole(self.per_sample()).gram(other)
-        assert isinstance(other, _Factored)
-        positions = self.g.shape[3]
-        # Temporaries are V·N·T by V'·N'·T'; some samples at a time keep them in bounds.
-        per_sample = self.g.shape[0] * positions * other.g[..., 0].numel()
-        step = max(_TEMPORARY_NUMEL // per_sample, 1)
-        strips = [
-            self._gram_strip(other, slice(start, start + step))
-            for start in range(0, self.g.shape[2], step)
-        ]
-        gram = strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)
-        return gram.flatten(2).flatten(0, 1)
-
-    def _gram_strip(self, other: _Factored, samples: slice) -> Tensor:
-        """The Gram matrix of some samples, `(V, n, V', N')`."""
-        a, g = self.a[:, samples], self.g[:, :, samples]
-        n, positions = a.shape[1:3]
-        itself = other is self and n == other.a.shape[1]
-        inputs = _inner(a.flatten(1, 2), other.a.flatten(1, 2), itself)  # (G, n·T, N'·T')
-        if self.biased:
-            inputs += 1
-        left = g.transpose(0, 1).flatten(1, 3)  # (G, V·n·T, O)
-        right = other.g.transpose(0, 1).flatten(1, 3)
-        products = _inner(left, right, itself)
-        products = products.unflatten(2, other.g.shape[:1] + other.g.shape[2:4])
-        products = products.unflatten(1, (-1, n, positions))  # (G, V, n, T, V', N', T')
-        inputs = inputs.unflatten(2, other.a.shape[1:3]).unflatten(1, (n, positions))
-        products *= inputs[:, None, :, :, None]
-        if products.shape[0] == positions == other.a.shape[2] == 1:
-            return products[0, :, :, 0, :, :, 0]
-        return products.sum(dim=(0, 3, 6))
-
-    def project(self, x: list[Tensor]) -> Tensor:
-        n, t = self.a.shape[1:3]
-        s = (self.a.flatten(1, 2) @ x[0].mT).unflatten(2, (n, t))  # (R, G, N, T, O)
-        inner = torch.einsum("vgnto,rgnto->vnr", self.g, s)
-        if self.biased:
-            inner += torch.einsum("vgnto,rgo->vnr", self.g, x[1].squeeze(-1))
-        return inner.flatten(0, 1)
-
-    def combine(self, c: Tensor) -> list[Tensor]:
-        c = c.unflatten(0, (self.g.shape[0], -1))
-        weighted = torch.einsum("vnr,vgnto->rgnto", c, self.g).flatten(2, 3)  # (R, G, N·T, O)
-        parts = [weighted.mT @ self.a.flatten(1, 2)]
-        if self.biased:
-            parts.append(weighted.sum(dim=2)[..., None])
-        return parts
-
-    def squares(self) -> Tensor:
-        if self.g.shape[3] > 1:
-            return self.per_sample().square().sum(dim=0)
-        weights = self.g.squeeze(3).square().sum(dim=0)  # (G, N, O)
-        parts = [weights.mT @ self.a.squeeze(2).square()]
-        if self.biased:
-            parts.append(weights.sum(dim=1)[..., None])
-        return torch.cat(parts, dim=-1)
-
-    def per_sample(self) -> Tensor:
-        """`(V·N, G, O, I)`."""
-        a = self.a
-        if self.biased:
-            a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
-        return (self.g.mT @ a).transpose(1, 2).flatten(0, 1)
-
-    def restrict(self, columns: list[int]) -> _Rows:
-        width = self.a.shape[-1]
-        if columns == list(range(width)):
-            return _Factored(self.a, self.g, biased=False)
-        if len(columns) > width:
-            return self
-        return _Whole(self.g.sum(dim=3).transpose(1, 2).flatten(0, 1)[..., None])
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"a": self.a, "g": self.g, "biased": torch.tensor(self.biased)}
-
-
-def _inner(left: Tensor, right: Tensor, itself: bool) -> Tensor:
-    """`left rightᵀ`, by its symmetry where both are the same."""
-    return psd.second_moment(left.mT) if itself else left @ right.mT
-
-
-_TEMPORARY_NUMEL = 2**24
-
-
-def _rows(record: Record) -> _Rows:
-    """Keep whole gradients or their factors, whichever is smaller or multiplies faster."""
-    groups, fan_out, fan_in = record.block.shape
-    sweeps, positions = record.g.shape[0], record.num_positions
-    whole = sweeps * fan_out * fan_in
-    factored = positions * (fan_in + sweeps * fan_out)
-    # Multiplications for one pair of samples in the Gram matrix.
-    whole_cost = sweeps * whole
-    factored_cost = positions**2 * (fan_in + sweeps**2 * (fan_out + 1))
-    if record.a is None or whole < factored or (positions > 1 and whole_cost < factored_cost):
-        memory.require(
-            record.num_samples * groups * whole * record.g.dtype.itemsize,
-            record.g.device,
-            what=f"The gradients of {record.block.name!r} for {record.num_samples} samples",
-            instead="Use fewer samples, or params=[...] without this layer.",
-        )
-        parts = [part.per_sample() for part in record.split(_TEMPORARY_NUMEL)]
-        return _Whole(torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1))
-    # A copy: the first layer's input is the user's own tensor, which may change later.
-    return _Factored(record.a.clone(), record.g, record.block.biased)
-
-
 @dataclass(frozen=True)
 class _Chunk:
     """The rows of every block for one group of sweeps of one batch, and their weight in F."""
 
     weight: float
-    rows: list[_Rows]
+    rows: list[Rows]
 
 
 @storable("gram")
@@ -289,7 +118,7 @@ class GramOperator(FisherOperator):
                 part = _total(mine.gram(theirs) for mine, theirs in pairs)
                 part *= math.sqrt(left.weight * right.weight)
                 gram[rows, columns] = part
-                if left is not right:
+                if rows != columns:
                     gram[columns, rows] = part.T
         return gram
 
@@ -384,7 +213,7 @@ class GramOperator(FisherOperator):
         if other.layout != self.layout:
             raise ValueError("overlap needs two Fisher matrices over the same parameters.")
         total = torch.zeros((), dtype=self.dtype, device=self.device)
-        step = max(_TEMPORARY_NUMEL // self.num_parameters, 1)
+        step = max(TEMPORARY_NUMEL // self.num_parameters, 1)
         for start in range(0, self.num_rows, step):
             some = torch.zeros(
                 self.num_rows,
@@ -456,11 +285,11 @@ class GramOperator(FisherOperator):
         state: dict[str, Any],
         tensors: dict[str, Tensor],
     ) -> GramOperator:
-        def rows(prefix: str) -> _Rows:
+        def rows(prefix: str) -> Rows:
             if f"{prefix}.gradients" in tensors:
-                return _Whole(tensors[f"{prefix}.gradients"])
+                return WholeRows(tensors[f"{prefix}.gradients"])
             a, g, biased = (tensors[f"{prefix}.{name}"] for name in ("a", "g", "biased"))
-            return _Factored(a, g, bool(biased))
+            return FactoredRows(a, g, bool(biased))
 
         blocks = [Block.from_dict(entry) for entry in state["blocks"]]
         chunks = [

@@ -21,6 +21,7 @@ from neuromanifold.capture import (
     functional_model,
     require_function,
 )
+from neuromanifold.errors import UnsupportedError
 from neuromanifold.operators import FisherOperator
 from neuromanifold.structures._base import Source, Structure, unsupported_reducer
 from neuromanifold.structures.diagonal import Diagonal
@@ -49,6 +50,11 @@ class Implicit(Structure):
         if source.reducer is not None:
             raise unsupported_reducer("Implicit()")
         source.require_repeatable("Implicit()")
+        if source.estimator.random and source.data.shuffles:
+            raise UnsupportedError(
+                f"The loader shuffles, so each product of Implicit() would draw the labels of "
+                f"{source.estimator!r} for other samples. Use shuffle=False, or nm.Exact()."
+            )
         fresh = source.frozen_randomness()
         with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
             for done, batch in enumerate(source.data, start=1):

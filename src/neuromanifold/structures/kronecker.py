@@ -62,7 +62,7 @@ class Kronecker(AdditiveStructure):
         if record.first:
             statistics["inputs"] = record.input_moment(reduce=reduce)
             uses = record.num_samples * (1 if reduce else record.num_positions)
-            statistics["uses"] = torch.tensor(float(uses), dtype=torch.float64)
+            statistics["uses"] = torch.tensor(uses, device=record.g.device)
         return statistics
 
     def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
