@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuromanifold.layers._base import LayerRule, register
-from neuromanifold.linalg import Block, Slot
+from neuromanifold.linalg import Block
 
 __all__ = ["ConvRule"]
 
@@ -24,15 +24,9 @@ class ConvRule(LayerRule):
     def block(self, module: nn.Module, name: str, trainable: frozenset[str]) -> Block:
         """`weight (G·O, C_in/G, *k)` and `bias (G·O,)`; fan-in is channel-major, then kernel."""
         assert isinstance(module, Conv)
-        prefix = f"{name}." if name else ""
         fan_out = module.out_channels // module.groups
-        columns = {"weight": math.prod(module.weight.shape[1:]), "bias": 1}
-        slots = tuple(
-            Slot.plain(prefix + local, module.groups, fan_out, columns[local])
-            for local in ("weight", "bias")
-            if local in trainable
-        )
-        return Block(name, module.groups, fan_out, slots, "bias" in trainable)
+        fan_in = math.prod(module.weight.shape[1:])
+        return Block.of_layer(name, module.groups, fan_out, fan_in, trainable)
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`(rows, C, *spatial)` to patches `(G, rows, T, C/G·∏k)`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from neuromanifold.layers._base import LayerRule, register
-from neuromanifold.linalg import Block, Slot
+from neuromanifold.linalg import Block
 
 __all__ = ["LinearRule"]
 
@@ -18,14 +18,7 @@ class LinearRule(LayerRule):
     def block(self, module: nn.Module, name: str, trainable: frozenset[str]) -> Block:
         """One group; `weight (O, I)` and `bias (O,)`."""
         assert isinstance(module, nn.Linear)
-        prefix = f"{name}." if name else ""
-        columns = {"weight": module.in_features, "bias": 1}
-        slots = tuple(
-            Slot.plain(prefix + local, 1, module.out_features, columns[local])
-            for local in ("weight", "bias")
-            if local in trainable
-        )
-        return Block(name, 1, module.out_features, slots, "bias" in trainable)
+        return Block.of_layer(name, 1, module.out_features, module.in_features, trainable)
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`(rows, *T, I)` to `(1, rows, T, I)`."""

@@ -9,7 +9,7 @@ column.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -245,6 +245,19 @@ class Block:
             for s in entry["slots"]
         )
         return cls(entry["name"], entry["groups"], entry["fan_out"], slots, entry["biased"])
+
+    @classmethod
+    def of_layer(
+        cls, name: str, groups: int, fan_out: int, fan_in: int, trainable: Collection[str]
+    ) -> Block:
+        """A layer with `weight (G·O, fan_in, ...)` and `bias (G·O,)`, those of them that train."""
+        prefix = f"{name}." if name else ""
+        slots = tuple(
+            Slot.plain(prefix + local, groups, fan_out, columns)
+            for local, columns in (("weight", fan_in), ("bias", 1))
+            if local in trainable
+        )
+        return cls(name, groups, fan_out, slots, biased="bias" in trainable)
 
     @classmethod
     def whole(cls, layout: Layout) -> Block:
