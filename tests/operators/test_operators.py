@@ -219,7 +219,7 @@ def test_samples_follow_the_generator() -> None:
 def test_description() -> None:
     F = measure("Kronecker", per="position")
     assert repr(F) == (
-        "<Fisher matrix 33 x 33: Kronecker(weight_sharing='expand'), "
+        "<Fisher matrix 33 x 33: Kronecker(), "
         f"{nm.Categorical()!r}, Exact(), N=6, per position, float64 on cpu>"
     )
     assert F.coverage["scale"].rule == "generic"

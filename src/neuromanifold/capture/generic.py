@@ -21,6 +21,7 @@ from neuromanifold.linalg import memory
 
 __all__ = [
     "buffers_kept",
+    "differ",
     "differentiable_twice",
     "functional_model",
     "per_sample_gradients",
@@ -215,7 +216,7 @@ def _by_vmap(
     with torch.no_grad(), differentiable_twice():
         for cotangent in cotangents:
             gradients, alone = per_sample(params, rows, cotangent)
-            if _differ(alone, outputs, eps):
+            if differ(alone, outputs, eps):
                 raise _coupled_samples()
             found.append(gradients)
     return {name: torch.stack([gradients[name] for gradients in found]) for name in params}
@@ -231,7 +232,7 @@ def _coupled_samples() -> CaptureError:
     )
 
 
-def _differ(one: Tensor, other: Tensor, eps: float) -> bool:
+def differ(one: Tensor, other: Tensor, eps: float) -> bool:
     """Whether outputs differ by more than rounding: by half of the digits."""
     one, other = one.detach(), other.detach()
     tolerance = eps**0.5 * other.abs().amax()
@@ -265,7 +266,7 @@ def runs_alone(
         except Exception:  # the model insists on the size of the batch
             return False
     # A random model gives other outputs anyway.
-    if _differ(apart, outputs[some], eps) and not _differ(again, outputs, eps):
+    if differ(apart, outputs[some], eps) and not differ(again, outputs, eps):
         raise _coupled_samples()
     return True
 
@@ -307,7 +308,7 @@ def require_function(
     """
     advice = "Measure with nm.Gram(), which needs one pass only."
     elsewhere, again = _kept_elsewhere(plan, forward, canonical, batch, plan.layout.names)
-    if _differ(again, outputs, torch.finfo(outputs.dtype).eps):
+    if differ(again, outputs, torch.finfo(outputs.dtype).eps):
         raise UnsupportedError(
             "The model gives other outputs when it is called again with the same inputs (dropout "
             "in training mode?), so every product would belong to another matrix. Call "

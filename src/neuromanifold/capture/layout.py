@@ -4,44 +4,62 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from neuromanifold.errors import UncoveredParameterError, UnsupportedError
-from neuromanifold.layers import LayerRule, rule_for
+from neuromanifold.layers import CompositeRule, Port, rule_for
 from neuromanifold.linalg import Block, Layout
 
-__all__ = ["Plan", "Site", "plan", "unwrap"]
+__all__ = ["Place", "Plan", "Site", "plan", "unwrap"]
+
+
+Place: TypeAlias = tuple[str, str]
+"""A module's name, and "" for its own input and output or the port of a composite rule."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A module whose parameters a rule covers."""
+    """A block that rules read, and the places where it is used.
+
+    Attributes:
+        block: its parameters.
+        ports: by place; several where modules share a weight.
+        rule: what the coverage table calls the rules that read it.
+    """
 
     block: Block
-    module: nn.Module
-    rule: LayerRule
+    ports: dict[Place, Port]
+    rule: str
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether there is more than a bias."""
+        return self.block.fan_in > self.block.biased
 
 
 @dataclass
 class Plan:
-    """Who reports what: modules with a rule, and single parameters on the generic path.
+    """Who reports what: blocks with a rule, and single parameters on the generic path.
 
     Attributes:
         model: the module that is run; wrappers for compilation and data parallelism taken off.
         parameters: what is measured, by name.
-        sites: modules with a rule, by block name.
+        sites: blocks that rules read, by name.
+        composites: modules that run by their rule's `forward` while records are taken, by name.
         generic: parameter name to the reason why no rule reads it.
     """
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
     sites: dict[str, Site]
+    composites: dict[str, CompositeRule] = field(default_factory=dict)
     generic: dict[str, str] = field(default_factory=dict)
     uncovered: str = "generic"
 
@@ -72,11 +90,21 @@ class Plan:
         order = {name: i for i, name in enumerate(self.parameters)}
         return sorted(blocks, key=lambda block: min(order[name] for name in block.parameters))
 
+    @cached_property
+    def places(self) -> dict[Place, bool]:
+        """Where uses are observed, and whether their inputs are needed."""
+        places: dict[Place, bool] = {}
+        for site in self.sites.values():
+            for place in site.ports:
+                places[place] = places.get(place, False) or site.needs_input
+        return places
+
     def give_up(self, block_name: str, reason: str) -> None:
-        """Move a module's parameters to the generic path."""
+        """Move a block's parameters to the generic path."""
         for name in self.sites.pop(block_name).block.parameters:
             self.generic[name] = reason
-        self.__dict__.pop("blocks", None)
+        for cached in ("blocks", "places"):
+            self.__dict__.pop(cached, None)
         self._refuse_uncovered()
 
     def _refuse_uncovered(self) -> None:
@@ -119,27 +147,69 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
     parameters = _selected(model, params)
     _refuse_complex(parameters)
     sites: dict[str, Site] = {}
-    covered: set[str] = set()
-    tied = _tied(model)
+    generic: dict[str, str] = {}
+    for name, pieces in _pieces(model, parameters).items():
+        lookup = all(piece.block.lookup for piece in pieces)
+        blocks = {replace(piece.block, lookup=lookup) for piece in pieces}
+        if len(blocks) > 1:
+            unlike = " and ".join(piece.rule for piece in pieces)
+            generic.update(dict.fromkeys(pieces[0].block.parameters, f"shared by {unlike}"))
+            continue
+        ports = {place: port for piece in pieces for place, port in piece.ports.items()}
+        rules = " + ".join(dict.fromkeys(piece.rule for piece in pieces))
+        sites[name] = Site(blocks.pop(), ports, rules)
+    covered = {name for site in sites.values() for name in site.block.parameters}
+    for name in parameters:
+        if name not in covered:
+            generic.setdefault(name, _owner_reason(model, name))
+    composites = {
+        name: rule
+        for name, module in model.named_modules()
+        if isinstance(rule := rule_for(module), CompositeRule)
+        and any(place[0] == name for site in sites.values() for place in site.ports)
+    }
+    return Plan(model, parameters, sites, composites, generic, uncovered)
+
+
+def _pieces(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, list[Site]]:
+    """What each module's rule says of it, by the name of the block.
+
+    Parameters have the names that the model gives them, those of their first owner.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    shared = _shared(model)
+    pieces: dict[str, list[Site]] = {}
     for module_name, module in model.named_modules():
         rule = rule_for(module)
+        own = dict(module.named_parameters(recurse=False))
+        local = frozenset(name for name, p in own.items() if id(p) in names)
+        if rule is None or not local:
+            continue
         prefix = f"{module_name}." if module_name else ""
-        local = frozenset(
-            name
-            for name, p in module.named_parameters(recurse=False)
-            if prefix + name in parameters and id(p) not in tied
-        )
-        if rule is not None and local:
-            block = rule.block(module, module_name, local)
-            if block.slots:
-                sites[module_name] = Site(block, module, rule)
-                covered.update(block.parameters)
-    generic = {}
-    for name, p in parameters.items():
-        if name not in covered:
-            shared = id(p) in tied
-            generic[name] = "shared between modules" if shared else _owner_reason(model, name)
-    return Plan(model, parameters, sites, generic, uncovered)
+        for piece in rule.pieces(module, module_name, local):
+            parts = [own[slot.parameter.removeprefix(prefix)] for slot in piece.block.slots]
+            slots = tuple(
+                replace(slot, parameter=names[id(p)])
+                for slot, p in zip(piece.block.slots, parts, strict=True)
+            )
+            ports = {
+                (module_name, use.port): Port(use.rule, module, use.groups) for use in piece.uses
+            }
+            block = replace(piece.block, slots=slots)
+            cut = any(id(p) in shared for p in parts)
+            for part in _apart(block) if cut else [block]:
+                pieces.setdefault(part.name, []).append(Site(part, ports, rule.name))
+    return pieces
+
+
+def _apart(block: Block) -> list[Block]:
+    """A block of each parameter, named after it.
+
+    A weight that two layers share has one block, in which both take part; their biases have blocks
+    of their own.
+    """
+    parts = [(name, block.restrict([name])) for name in block.parameters]
+    return [replace(part[0], name=name) for name, part in parts if part is not None]
 
 
 def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Parameter]:
@@ -183,7 +253,7 @@ def _refuse_complex(parameters: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _tied(model: nn.Module) -> set[int]:
+def _shared(model: nn.Module) -> set[int]:
     """Identities of parameters that several modules own."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():

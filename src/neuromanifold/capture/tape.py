@@ -11,7 +11,8 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -21,11 +22,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from neuromanifold.capture.data import Batch, Forward, call_model, logits_of
-from neuromanifold.capture.generic import buffers_kept, per_sample_gradients, runs_alone
+from neuromanifold.capture.generic import (
+    buffers_kept,
+    differ,
+    per_sample_gradients,
+    runs_alone,
+)
 from neuromanifold.capture.graph import Graph
-from neuromanifold.capture.layout import Plan, Site
+from neuromanifold.capture.layout import Place, Plan
 from neuromanifold.errors import CaptureError
-from neuromanifold.layers import Call, Record
+from neuromanifold.layers import Call, Record, Reporter, record_of_parameter
 
 __all__ = ["Tape"]
 
@@ -33,10 +39,21 @@ Arrangement = Literal["first", "second", "minor"]
 """Where the samples are in a layer's input: axis 0 (possibly with positions folded in behind the
 samples), axis 1, or axis 0 with positions folded in front of the samples."""
 
-_VERIFIED: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], dict[str, Arrangement]]] = (
-    WeakKeyDictionary()
-)
-"""Arrangements already checked, per model and shapes: the check costs two sweeps."""
+
+@dataclass
+class _Known:
+    """What earlier passes found out about a model: finding it costs two sweeps.
+
+    Attributes:
+        arrangements: where the samples are, per place, by shapes.
+        broadcast: modules whose output has no sample axis, because every sample has the same.
+    """
+
+    arrangements: dict[tuple[Any, ...], dict[Place, Arrangement]] = field(default_factory=dict)
+    broadcast: set[Place] = field(default_factory=set)
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 @dataclass
@@ -67,25 +84,31 @@ class Tape:
         self.plan = plan
         self._forward = forward
         self._canonical = canonical
-        self._uses: dict[str, list[_Use]] = {}
-        self._unseen: set[str] = set()
-        self._arrangements: dict[str, Arrangement] = {}
+        self._uses: dict[Place, list[_Use]] = {}
+        self._unseen: set[Place] = set()
+        self._arrangements: dict[Place, Arrangement] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._settled = False
         self._by_samples = True
         self._listening = False
+        self._num_samples = 0
         # What is known of a model holds for its own forward only.
         shared = forward is call_model
-        self._verified = _VERIFIED.setdefault(plan.model, {}) if shared else {}
+        self._known = _KNOWN.setdefault(plan.model, _Known()) if shared else _Known()
 
     def __enter__(self) -> Tape:
-        for name, site in self.plan.sites.items():
-            # Before the user's own hooks, which may replace the layer's output.
-            self._handles.append(
-                site.module.register_forward_hook(
-                    self._hook(name, site), with_kwargs=True, prepend=True
+        for name, port in self.plan.places:
+            if port == "":
+                # Before the user's own hooks, which may replace the layer's output.
+                self._handles.append(
+                    self.plan.model.get_submodule(name).register_forward_hook(
+                        self._hook((name, port)), with_kwargs=True, prepend=True
+                    )
                 )
-            )
+        for name, rule in self.plan.composites.items():
+            module = self.plan.model.get_submodule(name)
+            # An attribute of the object hides the method of its class until it is deleted.
+            vars(module)["forward"] = partial(rule.forward, module, self._reporter(name))
         return self
 
     def __exit__(
@@ -98,6 +121,8 @@ class Tape:
             handle.remove()
         self._handles.clear()
         self._uses.clear()
+        for name in self.plan.composites:
+            del vars(self.plan.model.get_submodule(name))["forward"]
 
     def run(self, batch: Batch) -> Tensor:
         """Forward pass of a batch: outputs `(N, ...)`, attached to the graph that sweeps follow.
@@ -106,36 +131,45 @@ class Tape:
             CaptureError: If a module cannot be seen (compiled, or checkpointed reentrantly), or the
                 samples cannot be told apart in its input.
         """
-        self._uses = {name: [] for name in self.plan.sites}
-        self._unseen = set()
         self._batch = batch
-        kept = buffers_kept(self.plan.model)
-        with torch.enable_grad(), kept, _separate_casts(), _listening_to_hooks(self):
-            outputs = self._canonical(logits_of(self._forward(self.plan.model, batch.inputs)))
-            if outputs.is_leaf and outputs.requires_grad:  # a parameter itself: give it a graph
-                outputs = outputs.view_as(outputs)
-        if outputs.shape[0] == 0:
+        self._observe()
+        if self._outputs.shape[0] == 0:
             raise ValueError(
-                f"The batch has no samples: the outputs have shape {tuple(outputs.shape)}. Leave "
-                f"empty batches out."
+                f"The batch has no samples: the outputs have shape {tuple(self._outputs.shape)}. "
+                f"Leave empty batches out."
             )
-        if not outputs.requires_grad:
+        if not self._outputs.requires_grad:
             raise CaptureError(
                 "The outputs do not depend on any measured parameter by a differentiable path. "
                 "Does the model run under torch.no_grad(), or detach its outputs?"
             )
-        self._outputs = outputs
         self._first_records = True
-        dtypes = {use.dtype for uses in self._uses.values() for use in uses} | {outputs.dtype}
-        self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-        graph = Graph.of(outputs)
+        dtypes = {use.dtype for uses in self._uses.values() for use in uses}
+        self._eps = max(torch.finfo(dtype).eps for dtype in dtypes | {self._outputs.dtype})
+        graph = Graph.of(self._outputs)
         self._account_for_every_use(graph)
         self._find_samples(graph)
         if self.plan.generic and not self._settled:
             self._by_samples = runs_alone(
-                self.plan, self._forward, self._canonical, batch, outputs, self._eps
+                self.plan, self._forward, self._canonical, batch, self._outputs, self._eps
             )
         self._settled = True
+        return self._outputs
+
+    def _observe(self) -> None:
+        """Run the batch, with hooks on."""
+        self._num_samples = self._batch.num_rows
+        self._outputs = self._run()
+        self._num_samples = self._outputs.shape[0]
+
+    def _run(self) -> Tensor:
+        self._uses = {place: [] for place in self.plan.places}
+        self._unseen = set()
+        kept = buffers_kept(self.plan.model)
+        with torch.enable_grad(), kept, _separate_casts(), _listening_to_hooks(self):
+            outputs = self._canonical(logits_of(self._forward(self.plan.model, self._batch.inputs)))
+            if outputs.is_leaf and outputs.requires_grad:  # a parameter itself: give it a graph
+                outputs = outputs.view_as(outputs)
         return outputs
 
     def records(self, cotangents: Tensor) -> Iterator[Record]:
@@ -143,14 +177,13 @@ class Tape:
 
         The records of a batch must be asked for before the next batch is run.
         """
-        uses = [(name, use) for name in self.plan.sites for use in self._uses[name]]
+        uses = [(place, use) for place, uses in self._uses.items() for use in uses]
         gradients = self._sweep([use for _, use in uses], cotangents)
-        calls: dict[str, list[Call]] = {name: [] for name in self.plan.sites}
-        for i, (name, use) in enumerate(uses):
+        seen: dict[Place, list[tuple[Tensor | None, Tensor]]] = {p: [] for p in self._uses}
+        for i, (place, use) in enumerate(uses):
             g, gradients[i] = gradients[i], None
-            if g is None:  # the output of this call does not reach the model's outputs
-                g = torch.zeros((len(cotangents), *use.shape), dtype=use.dtype, device=use.device)
-            calls[name].append(self._call(name, use, g))
+            if g is not None:  # else the output of this call does not reach the model's outputs
+                seen[place].append(self._samples_first(place, use, g))
         generic = (
             per_sample_gradients(
                 self.plan,
@@ -165,14 +198,34 @@ class Tape:
             if self.plan.generic
             else {}
         )
-        num_samples, dtype = self._outputs.shape[0], self.plan.dtype
         first, self._first_records = self._first_records, False
-        for block in self.plan.blocks:
-            if block.name in self.plan.sites:
-                called = calls.pop(block.name) or [self._silent(block.name, cotangents)]
-            else:
-                called = [Call.of_parameter(generic.pop(block.name))]
-            yield Record(block, tuple(called), num_samples, first=first, dtype=dtype)
+        shape = (len(cotangents), self._num_samples)
+        dtype, device = self.plan.dtype, cotangents.device
+        sites = [self.plan.sites.get(block.name) for block in self.plan.blocks]
+        last = {place: site for site in sites if site is not None for place in site.ports}
+        for block, site in zip(self.plan.blocks, sites, strict=True):
+            if site is None:
+                values = generic.pop(block.name)
+                yield record_of_parameter(block, values, first=first, dtype=dtype)
+                continue
+            calls: tuple[Call, ...] = ()
+            for place, port in site.ports.items():
+                # Forgotten with the last record that needs them.
+                found = seen.pop(place) if last[place] is site else seen[place]
+                calls += tuple(
+                    Call(port, x if site.needs_input else None, g, g.shape[1] // shape[1])
+                    for x, g in found
+                )
+            ports = tuple(site.ports.values())
+            record = Record(block, ports, calls, shape, first=first, dtype=dtype, device=device)
+            del calls, found
+            yield record
+            del record
+
+    @property
+    def eps(self) -> float:
+        """Relative rounding of the least precise layer of the current batch."""
+        return self._eps
 
     @property
     def sweep_numel(self) -> int:
@@ -184,26 +237,57 @@ class Tape:
 
     # ---- the forward pass ------------------------------------------------------------------
 
-    def _hook(self, name: str, site: Site) -> Callable[..., None]:
-        needs_input = site.block.fan_in > site.block.biased
+    def _hook(self, place: Place) -> Callable[..., Tensor | None]:
+        """Of a module whose output is the layer's."""
 
-        def hook(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            # A recomputation inside a backward pass (activation checkpointing) is no second use.
-            if not self._listening or torch._C._current_graph_task_id() != -1:
-                return
-            if not torch.is_grad_enabled():
-                self._unseen.add(name)
-            if name not in self._uses or not output.requires_grad:
-                return
-            x = (args[0] if args else next(iter(kwargs.values()))).detach() if needs_input else None
-            version = 0 if x is None else x._version
-            edge = get_gradient_edge(_before_views(output))
-            use = _Use(x, version, edge, output.shape, output.dtype, output.device)
-            self._uses[name].append(use)
+        def hook(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
+            # A recomputation in a backward pass (activation checkpointing) is no second use, but
+            # has to give the same.
+            again = torch._C._current_graph_task_id() != -1
+            if not (self._listening or again):
+                return None
+            x = args[0] if args else next(iter(kwargs.values()))
+            if place in self._known.broadcast:
+                x, output = self._repeated(x, output)
+            if not again:
+                self._report(place, x, output)
+            return output
 
         # Compiled parts are not to compile the hook too. Nothing is compiled before this import,
         # which takes long.
         return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+    def _reporter(self, name: str) -> Reporter:
+        """Of a module that runs by its rule."""
+
+        def use(port: str, x: Tensor | None, output: Tensor) -> Tensor:
+            if self._listening and torch._C._current_graph_task_id() == -1:
+                self._report((name, port), x, output)
+            return output
+
+        return use
+
+    def _report(self, place: Place, x: Tensor | None, output: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            self._unseen.add(place)
+        if place not in self._uses or not output.requires_grad:
+            return
+        x = x.detach() if x is not None and self.plan.places[place] else None
+        version = 0 if x is None else x._version
+        edge = get_gradient_edge(_before_views(output))
+        use = _Use(x, version, edge, output.shape, output.dtype, output.device)
+        self._uses[place].append(use)
+
+    def _repeated(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of a layer that are the same for every sample, for each of them."""
+        num_samples = self._num_samples
+        if output.shape[0] == num_samples:
+            return x, output
+        lead = int(output.shape[0] == 1)  # a sample axis of length one, or none
+        return (
+            x.expand(num_samples, *x.shape[lead:]),
+            output.expand(num_samples, *output.shape[lead:]),
+        )
 
     def _account_for_every_use(self, graph: Graph) -> None:
         """Compare how often each parameter enters the graph with how often its module reported.
@@ -213,12 +297,14 @@ class Tape:
         """
         parameters = self.plan.parameters
         for name, site in list(self.plan.sites.items()):
-            calls = sum(use.edge.node in graph.nodes for use in self._uses[name])
+            uses = [use for place in site.ports for use in self._uses[place]]
+            calls = sum(use.edge.node in graph.nodes for use in uses)
             used = max(graph.uses[id(parameters[p])] for p in site.block.parameters)
-            if used == 0 and name in self._unseen:
+            unseen = [place[0] for place in site.ports if place in self._unseen]
+            if used == 0 and unseen:
                 raise CaptureError(
-                    f"Module {name!r} ran with gradients switched off, so that its parameters seem "
-                    f"to have no influence. In activation checkpointing, use "
+                    f"Module {unseen[0]!r} ran with gradients switched off, so that its parameters "
+                    f"seem to have no influence. In activation checkpointing, use "
                     f"checkpoint(..., use_reentrant=False); under torch.no_grad(), say that they "
                     f"are constants by requires_grad_(False), or leave them out by params=..."
                 )
@@ -231,48 +317,88 @@ class Tape:
                     f"parameters cannot be read the same way throughout. Measure such a model with "
                     f"params=... without {list(site.block.parameters)}."
                 )
-            self.plan.give_up(name, f"its {type(site.module).__name__} is {how}")
-            del self._uses[name]
+            kind = type(next(iter(site.ports.values())).module).__name__
+            self._give_up(name, f"its {kind} is {how}")
+
+    def _give_up(self, name: str, reason: str) -> None:
+        self.plan.give_up(name, reason)
+        self._uses = {place: self._uses[place] for place in self.plan.places}
 
     # ---- which rows belong to which sample -------------------------------------------------
 
     def _find_samples(self, graph: Graph) -> None:
-        num_samples = self._outputs.shape[0]
-        key = (
-            self._outputs.shape,
-            # Layers may treat samples apart in evaluation, and mix them in training.
-            tuple(module.training for module in self.plan.model.modules()),
-            tuple(
-                (
-                    name,
-                    use.shape,
-                    None if use.x is None else use.x.shape,
-                    use.edge.node in graph.nodes,
-                )
-                for name, uses in self._uses.items()
-                for use in uses
-            ),
-        )
-        found = None if graph.reorders else self._verified.get(key)
+        key = self._shapes(graph)
+        found = None if graph.reorders else self._known.arrangements.get(key)
         if found is None:
-            found, conclusive = self._verify_arrangements(num_samples)
+            found, conclusive = self._verify_arrangements()
+            missing = self._missing(found)
+            if missing and self._find_broadcast(missing):
+                return
             if conclusive:
-                self._verified[key] = found
-        for name in list(self.plan.sites):
-            if name in found or not self._uses[name]:
-                continue
+                self._known.arrangements[key] = found
+        for name in self._missing_sites(found):
+            parameters = list(self.plan.sites[name].block.parameters)
             if self._settled:
                 raise CaptureError(
                     f"The samples of this batch cannot be told apart in the input of {name!r}, "
                     f"although those of the first batch could. Does the model mix samples, or "
                     f"reorder them by their values? Measure it with params=... without "
-                    f"{list(self.plan.sites[name].block.parameters)}."
+                    f"{parameters}."
                 )
-            self.plan.give_up(name, "its input rows do not belong to one sample each")
-            del self._uses[name]
+            self._give_up(name, "its input rows do not belong to one sample each")
         self._arrangements = found
 
-    def _verify_arrangements(self, num_samples: int) -> tuple[dict[str, Arrangement], bool]:
+    def _shapes(self, graph: Graph) -> tuple[Any, ...]:
+        """What the arrangement of samples depends on."""
+        return (
+            self._outputs.shape,
+            # Layers may treat samples apart in evaluation, and mix them in training.
+            tuple(module.training for module in self.plan.model.modules()),
+            tuple(
+                (
+                    place,
+                    use.shape,
+                    None if use.x is None else use.x.shape,
+                    use.edge.node in graph.nodes,
+                )
+                for place, uses in self._uses.items()
+                for use in uses
+            ),
+        )
+
+    def _missing(self, found: dict[Place, Arrangement]) -> list[Place]:
+        return [place for place, uses in self._uses.items() if uses and place not in found]
+
+    def _missing_sites(self, found: dict[Place, Arrangement]) -> list[str]:
+        missing = set(self._missing(found))
+        return [name for name, site in self.plan.sites.items() if missing & site.ports.keys()]
+
+    def _find_broadcast(self, missing: list[Place]) -> bool:
+        """Try whether outputs without samples are the same for every sample, as of positions.
+
+        They are repeated for each sample where the module returns them; if the model still gives
+        the same outputs, the gradient of each copy is that of its sample.
+        """
+        trial = {place for place in missing if place[1] == ""} - self._known.broadcast
+        if not trial or self._batch.num_rows != self._num_samples:
+            return False
+        outputs, uses = self._outputs, self._uses
+        self._known.broadcast |= trial
+        try:
+            self._outputs = self._run()
+            if not differ(self._outputs, outputs, self._eps):
+                found, _ = self._verify_arrangements()
+                if not self._missing(found):
+                    self._known.arrangements[self._shapes(Graph.of(self._outputs))] = found
+                    self._arrangements = found
+                    return True
+        except (RuntimeError, IndexError):
+            pass  # the model does not take them with a sample axis
+        self._known.broadcast -= trial
+        self._outputs, self._uses = outputs, uses
+        return False
+
+    def _verify_arrangements(self) -> tuple[dict[Place, Arrangement], bool]:
         """Find which rows of each layer belong to which sample.
 
         Two cotangents go back, the second a multiple of the first with a factor for each sample.
@@ -280,52 +406,37 @@ class Tape:
         multiplied by its factor.
 
         Returns:
-            Per layer that has one, its arrangement; and whether that holds for other values too.
+            Per place that has one, its arrangement; and whether that holds for other values too.
             It need not where a gradient is zero, which every arrangement fits: behind weights that
             start at zero, the gradient comes with training.
         """
+        num_samples = self._num_samples
         factors = _factors(num_samples).to(self._outputs)
         per_sample = math.prod(self._outputs.shape[1:])
         plain = torch.linspace(1, 2, per_sample).cos().to(self._outputs).expand(num_samples, -1)
         cotangents = torch.stack([plain, factors[:, None] * plain])
-        uses = [(name, use) for name, uses in self._uses.items() for use in uses]
+        uses = [(place, use) for place, uses in self._uses.items() for use in uses]
         gradients = self._sweep(
             [use for _, use in uses], cotangents.reshape(2, *self._outputs.shape)
         )
-        candidates: dict[str, list[Arrangement]] = {}
-        for (name, use), g in zip(uses, gradients, strict=True):
-            before = candidates.get(name, ["first", "second", "minor"])
-            candidates[name] = [a for a in before if _fits(use, g, factors, a)]
-        found = {name: fitting[0] for name, fitting in candidates.items() if fitting}
+        candidates: dict[Place, list[Arrangement]] = {}
+        for (place, use), g in zip(uses, gradients, strict=True):
+            before = candidates.get(place, ["first", "second", "minor"])
+            candidates[place] = [a for a in before if _fits(use, g, factors, a)]
+        found = {place: fitting[0] for place, fitting in candidates.items() if fitting}
         return found, all(g is None or bool(g.any()) for g in gradients)
 
-    def _call(self, name: str, use: _Use, g: Tensor) -> Call:
-        """A use with its samples brought to the front: rows `(N·folded, ...)`."""
-        site, arrangement = self.plan.sites[name], self._arrangements[name]
+    def _samples_first(self, place: Place, use: _Use, g: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Input and cotangents with samples brought to the front: rows `(N·folded, ...)`."""
         if use.x is not None and use.x._version != use.version:
             raise CaptureError(
-                f"The input of {name!r} was changed in place after the layer had used it, so its "
-                f"gradient cannot be formed (a backward pass fails too). Make that operation "
+                f"The input of {place[0]!r} was changed in place after the layer had used it, so "
+                f"its gradient cannot be formed (a backward pass fails too). Make that operation "
                 f"out-of-place."
             )
-        num_samples = self._outputs.shape[0]
+        num_samples, arrangement = self._num_samples, self._arrangements[place]
         x = None if use.x is None else _samples_first(use.x, num_samples, arrangement, 0)
-        g = _samples_first(g, num_samples, arrangement, 1)
-        return Call.of_module(site.rule, site.module, x, g, g.shape[1] // num_samples)
-
-    def _silent(self, name: str, cotangents: Tensor) -> Call:
-        """What a module reports that was not called: nothing reaches it, its gradient is zero."""
-        site, num_samples = self.plan.sites[name], self._outputs.shape[0]
-        groups, fan_out, fan_in = site.block.shape
-        weights = fan_in - site.block.biased
-        x = cotangents.new_zeros(num_samples, weights) if weights else None
-        return Call(
-            x,
-            cotangents.new_zeros(len(cotangents), num_samples, groups * fan_out),
-            1,
-            lambda x: x[None, :, None, :].expand(groups, -1, -1, -1),
-            lambda g: g.unflatten(2, (groups, 1, fan_out)).transpose(1, 2),
-        )
+        return x, _samples_first(g, num_samples, arrangement, 1)
 
     # ---- the sweep -------------------------------------------------------------------------
 
@@ -411,11 +522,12 @@ def _factors(num: int) -> Tensor:
 def _fits(use: _Use, g: Tensor | None, factors: Tensor, arrangement: Arrangement) -> bool:
     """Whether, under an arrangement, the second gradient is the first one times the factors."""
     num_samples = len(factors)
-    for shape in (use.shape, use.shape if use.x is None else use.x.shape):
+    # Of a layer's input, one axis less tells the samples: indices have no features.
+    for shape, features in ((use.shape, 1), (use.shape if use.x is None else use.x.shape, 0)):
         if arrangement == "second":
-            if len(shape) < 3 or shape[1] != num_samples:
+            if len(shape) < 2 + features or shape[1] != num_samples:
                 return False
-        elif len(shape) < 2 or shape[0] % num_samples or shape[0] == 0:
+        elif len(shape) < 1 + features or shape[0] % num_samples or shape[0] == 0:
             return False
     if g is None:
         return arrangement == "first"

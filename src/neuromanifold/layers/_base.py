@@ -1,32 +1,41 @@
-"""How a layer's gradient is made: records of inputs `a` and cotangents `g`, and the rule registry.
+"""How a layer's gradient is made of what comes in and what goes back, and the rule registry.
 
 The gradient of one sample and one sweep with respect to a weight matrix is `Σ_t g_t ã_tᵀ`, the sum
 running over the positions at which the layer is used and `ã = (a, 1)` when there is a bias. A layer
-rule says how to read `a` and `g` off a module; every contraction of the two is written here, once.
+rule says how to read `a` and `g` off a module; every contraction of the two is written once, in
+`parts`.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from neuromanifold.linalg import Block, psd
+from neuromanifold.layers.parts import Factored, Part, Whole
+from neuromanifold.linalg import Block
 
-__all__ = ["Call", "LayerRule", "Record", "register", "rule_for"]
+if TYPE_CHECKING:
+    from neuromanifold.layers.record import Call
 
-
-_TEMPORARY_NUMEL = 2**24
-"""Numbers in a temporary that a loop over units may make."""
+__all__ = [
+    "CompositeRule",
+    "ElementwiseRule",
+    "LayerRule",
+    "Piece",
+    "Use",
+    "WeightRule",
+    "register",
+    "rule_for",
+]
 
 
 class LayerRule(ABC):
-    """How one type of module turns inputs and output gradients into records.
+    """How one type of module turns inputs and output gradients into the parts of a record.
 
     `rows` below is N times the number of times that the sample axis was folded into it.
 
@@ -44,6 +53,29 @@ class LayerRule(ABC):
         """
 
     @abstractmethod
+    def part(
+        self, block: Block, calls: tuple[Call, ...], num_samples: int, dtype: torch.dtype
+    ) -> Part:
+        """What the calls of one port contribute to the block's gradient."""
+
+    @abstractmethod
+    def absent(self, block: Block, groups: slice, zeros: Tensor) -> Part:
+        """The part of a port that a batch does not use; `zeros` is `(V, N)`."""
+
+    @abstractmethod
+    def numel(self, block: Block, calls: tuple[Call, ...]) -> int:
+        """Numbers per sample, over all sweeps, in the largest tensor that `part` and sums need."""
+
+    def pieces(self, module: nn.Module, name: str, trainable: frozenset[str]) -> list[Piece]:
+        """One block, used where the module is called."""
+        block = self.block(module, name, trainable)
+        return [Piece(block, (Use("", self),))] if block.slots else []
+
+
+class WeightRule(LayerRule):
+    """A layer with weights: every use multiplies inputs `a` by a matrix, and adds a bias."""
+
+    @abstractmethod
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """Layer input `(rows, ...)` to `a (G, rows, T, I)`, without the bias column."""
 
@@ -51,227 +83,191 @@ class LayerRule(ABC):
     def cotangents(self, module: nn.Module, g: Tensor) -> Tensor:
         """Output gradient `(V, rows, ...)` to `g (V, G, rows, T, O)`."""
 
+    def part(
+        self, block: Block, calls: tuple[Call, ...], num_samples: int, dtype: torch.dtype
+    ) -> Factored:
+        """Calls side by side along T."""
+        module = calls[0].port.module
+        a = [self.inputs(module, call.x) for call in calls if call.x is not None]
+        g = [self.cotangents(module, call.g) for call in calls]
+        return Factored(
+            _join(a, num_samples, 1).to(dtype) if a else None,
+            _join(g, num_samples, 2).to(dtype),
+            block.biased,
+            calls[0].port.groups_of(block),
+        )
 
-_RULES: dict[type[nn.Module], LayerRule] = {}
+    def absent(self, block: Block, groups: slice, zeros: Tensor) -> Factored:
+        """No position."""
+        (sweeps, num_samples), count = zeros.shape, groups.stop - groups.start
+        weights = block.fan_in - block.biased
+        return Factored(
+            zeros.new_zeros(count, num_samples, 0, weights) if weights else None,
+            zeros.new_zeros(sweeps, count, num_samples, 0, block.fan_out),
+            block.biased,
+            groups,
+        )
+
+    def numel(self, block: Block, calls: tuple[Call, ...]) -> int:
+        """Of inputs, cotangents, and of per-sample gradients where a sample has several uses."""
+        groups = calls[0].port.groups_of(block)
+        units = block.fan_out * (groups.stop - groups.start)
+        sweeps = len(calls[0].g)
+        numel = sum(call.numel for call in calls)
+        positions = max(numel // (sweeps * units), 1)
+        gradients = units * block.fan_in * sweeps if positions > 1 else 0
+        return max(positions * units // block.fan_out * block.fan_in, numel, gradients)
 
 
-def register(module_type: type[nn.Module], rule: LayerRule) -> None:
-    """Use `rule` for modules of this type, and for subclasses that keep its `forward`."""
-    _RULES[module_type] = rule
+class ElementwiseRule(LayerRule):
+    """A layer with few parameters per unit, whose per-sample gradients are small enough to keep."""
+
+    @abstractmethod
+    def gradients(self, module: nn.Module, x: Tensor | None, g: Tensor, block: Block) -> Tensor:
+        """Input `(rows, ...)` and output gradient `(V, rows, ...)` to `(V, G, rows, O, I)`.
+
+        Summed over the positions inside a row; `x` is None when the block has a bias only.
+        """
+
+    def part(
+        self, block: Block, calls: tuple[Call, ...], num_samples: int, dtype: torch.dtype
+    ) -> Whole:
+        """The sum over calls."""
+        total: Tensor | None = None
+        for call in calls:
+            x = None if call.x is None else call.x.to(dtype)
+            rows = self.gradients(call.port.module, x, call.g.to(dtype), block)
+            if call.folded > 1:
+                rows = rows.unflatten(2, (num_samples, call.folded)).sum(dim=3)
+            total = rows if total is None else total + rows
+        assert total is not None
+        return Whole(total, calls[0].port.groups_of(block))
+
+    def absent(self, block: Block, groups: slice, zeros: Tensor) -> Whole:
+        """A gradient of zero."""
+        (sweeps, num_samples), count = zeros.shape, groups.stop - groups.start
+        shape = (sweeps, count, num_samples, block.fan_out, block.fan_in)
+        return Whole(zeros.new_zeros(shape), groups)
+
+    def numel(self, block: Block, calls: tuple[Call, ...]) -> int:
+        """Of cotangents and of per-sample gradients."""
+        sweeps = len(calls[0].g)
+        return max(*(call.numel for call in calls), block.num_parameters * sweeps)
 
 
-def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule of a module, or None.
+class CompositeRule(ABC):
+    """A module that uses its parameters inside, where no hook sees them: attention, recurrence.
 
-    A subclass counts only while it inherits `forward`, and an object while nobody has put another
-    `forward` on it: a changed forward is a changed layer. A weight that is computed (a
-    parametrization) is no parameter of the module: no rule applies.
+    While records are taken, the module runs by `forward` below, which computes the same from
+    functions that it reports.
+
+    Attributes:
+        name: what the coverage table calls this rule.
     """
-    if "forward" in vars(module):
-        return None
-    for module_type, rule in _RULES.items():
-        if isinstance(module, module_type) and type(module).forward is module_type.forward:
-            return None if nn.utils.parametrize.is_parametrized(module) else rule
-    return None
+
+    name: str
+
+    @abstractmethod
+    def pieces(self, module: nn.Module, name: str, trainable: frozenset[str]) -> list[Piece]:
+        """The module's trainable parameters (local names) as blocks, and where each is used."""
+
+    @abstractmethod
+    def forward(self, module: nn.Module, use: Reporter, *args: Any, **kwargs: Any) -> Any:
+        """What `module.forward(*args, **kwargs)` returns.
+
+        Every function of a trainable parameter is reported by `output = use(port, x, output)`: the
+        port's name, the input (None if only a bias is added), and the output, whose gradient makes
+        the cotangents. Each report stands for one entry of the parameter into autograd's graph.
+        Where it cannot do what is asked for, it returns `type(module).forward(module, ...)`, and
+        the parameters are read by the generic path.
+        """
+
+
+Reporter = Callable[[str, Tensor | None, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Call:
-    """One use of a block: what came in, the cotangents at what came out, and how to read both.
+class Use:
+    """Where a block meets the data, before the module is known to a tape.
 
     Attributes:
-        x: input `(N·folded, ...)`; None when no weight is trainable.
-        g: cotangents `(V, N·folded, ...)`.
-        folded: how many rows of `x` belong to one sample.
-        inputs: `x` to `a (G, rows, T, I)`.
-        cotangents: `g` to `g (V, G, rows, T, O)`.
+        port: "" for the module's own input and output, else a name of a composite rule.
+        rule: reads what is seen there.
+        groups: which groups of the block; None for all.
     """
 
-    x: Tensor | None
-    g: Tensor
-    folded: int
-    inputs: Callable[[Tensor], Tensor]
-    cotangents: Callable[[Tensor], Tensor]
-
-    def samples(self, start: int, stop: int) -> Call:
-        """The part of this call that belongs to some samples."""
-        part = slice(start * self.folded, stop * self.folded)
-        return replace(self, x=None if self.x is None else self.x[part], g=self.g[:, part])
-
-    @classmethod
-    def of_module(
-        cls, rule: LayerRule, module: nn.Module, x: Tensor | None, g: Tensor, folded: int
-    ) -> Call:
-        """A call of a module that has a rule."""
-        return cls(x, g, folded, partial(rule.inputs, module), partial(rule.cotangents, module))
-
-    @classmethod
-    def of_parameter(cls, gradients: Tensor) -> Call:
-        """Per-sample gradients `(V, N, p)` of a parameter that no rule covers.
-
-        Each entry counts as a unit with a bias and no inputs, so whatever a structure does with a
-        bias is exact for it.
-        """
-        return cls(None, gradients, 1, lambda x: x, lambda g: g[:, None, :, None, :])
+    port: str
+    rule: LayerRule
+    groups: slice | None = None
 
 
-class Record:
-    """What one block reports in one or several sweeps (axis V) over a batch.
+@dataclass(frozen=True)
+class Piece:
+    """A block and the places where it is used."""
 
-    The tensors are made when first asked for, so that a record can be split along N before a
-    convolution unfolds its input.
+    block: Block
+    uses: tuple[Use, ...]
 
-    Attributes:
-        block: whose record this is.
-        num_samples: N.
-        first: whether this is the first record of its batch. The inputs of a layer are the same in
-            every sweep, so statistics of `a` alone are counted only then.
-        dtype: precision of `a` and `g`, whatever the layer computed in.
+
+_RULES: dict[type[nn.Module], LayerRule | CompositeRule] = {}
+_RULES_BY_NAME: dict[str, LayerRule | CompositeRule] = {}
+
+
+def register(module_type: type[nn.Module] | str, rule: LayerRule | CompositeRule) -> None:
+    """Use `rule` for modules of this type, and for subclasses that keep its `forward`.
+
+    Args:
+        module_type: the class, or its full name "package.module.Class" if the package should not be
+            imported for it.
+        rule: how to read it.
     """
+    if isinstance(module_type, str):
+        _RULES_BY_NAME[module_type] = rule
+    else:
+        _RULES[module_type] = rule
 
-    def __init__(
-        self,
-        block: Block,
-        calls: tuple[Call, ...],
-        num_samples: int,
-        *,
-        first: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        self.block = block
-        self.num_samples = num_samples
-        self.first = first
-        self.dtype = dtype
-        self._calls = calls
 
-    def samples(self, start: int, stop: int) -> Record:
-        """The record of some samples."""
-        calls = tuple(call.samples(start, stop) for call in self._calls)
-        return Record(self.block, calls, stop - start, first=self.first, dtype=self.dtype)
+Recogniser: TypeAlias = Callable[[nn.Module], LayerRule | None]
+"""The rule of a module whose class is not known, by what it computes; None if it is another."""
 
-    def split(self, numel: int, *, whole: bool = False) -> Iterator[Record]:
-        """Parts of the record with about `numel` numbers each, along the sample axis.
+_RECOGNISERS: list[Recogniser] = []
 
-        What is counted is the entries of `a`, of `g` or of per-sample gradients, whichever are
-        most; per-sample gradients only where they are made: with several positions, or if `whole`.
-        """
-        uses = sum(call.folded * max(math.prod(call.g.shape[2:]), 1) for call in self._calls)
-        positions = max(uses // (self.block.groups * self.block.fan_out), 1)
-        sweeps = self._calls[0].g.shape[0]
-        largest = max(
-            positions * self.block.groups * self.block.fan_in,
-            positions * self.block.groups * self.block.fan_out * sweeps,
-            self.block.num_parameters * sweeps if whole or positions > 1 else 0,
+
+def recognise(recogniser: Recogniser) -> Recogniser:
+    """Ask `recogniser` about modules without a registered rule."""
+    _RECOGNISERS.append(recogniser)
+    return recogniser
+
+
+def rule_for(module: nn.Module) -> LayerRule | CompositeRule | None:
+    """The rule of a module, or None.
+
+    A subclass counts as its base only while it inherits `forward`, and an object while nobody has
+    put another `forward` on it: a changed forward is a changed layer. A weight that is computed (a
+    parametrization) is no parameter of the module: no rule applies.
+    """
+    if "forward" in vars(module) or nn.utils.parametrize.is_parametrized(module):
+        return None
+    for module_type in type(module).__mro__:
+        rule = _RULES.get(module_type) or _RULES_BY_NAME.get(
+            f"{module_type.__module__}.{module_type.__qualname__}"
         )
-        step = max(numel // largest, 1)
-        if step >= self.num_samples:
-            yield self
-            return
-        for start in range(0, self.num_samples, step):
-            yield self.samples(start, min(start + step, self.num_samples))
+        if rule is not None and type(module).forward is module_type.forward:
+            return rule
+        if rule is not None:
+            break
+    found = (recogniser(module) for recogniser in _RECOGNISERS)
+    return next((rule for rule in found if rule is not None), None)
 
-    @cached_property
-    def a(self) -> Tensor | None:
-        """Inputs `(G, N, T, I)` without the bias column; None when no weight is trainable."""
-        if self._calls[0].x is None:
-            return None
-        parts = [call.inputs(call.x) for call in self._calls if call.x is not None]
-        return self._join(parts, sample_axis=1)
 
-    @cached_property
-    def g(self) -> Tensor:
-        """Cotangents `(V, G, N, T, O)`."""
-        parts = [call.cotangents(call.g) for call in self._calls]
-        return self._join(parts, sample_axis=2)
-
-    def _join(self, parts: list[Tensor], sample_axis: int) -> Tensor:
-        """Rows `(..., N·folded, T, ·)` of every call to `(..., N, T_all, ·)`."""
-        parts = [
-            part
-            if part.shape[sample_axis] == self.num_samples
-            else part.unflatten(sample_axis, (self.num_samples, -1)).flatten(
-                sample_axis + 1, sample_axis + 2
-            )
-            for part in parts
-        ]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=sample_axis + 1)
-        return joined.to(self.dtype)
-
-    @property
-    def num_positions(self) -> int:
-        """T, uses of the layer per sample."""
-        return self.g.shape[3]
-
-    @cached_property
-    def augmented(self) -> Tensor:
-        """Inputs with the bias column, `ã (G, N, T, I)`."""
-        if self.a is None:
-            return self.g.new_ones(*self.g.shape[1:4], 1)
-        if not self.block.biased:
-            return self.a
-        return torch.cat([self.a, self.a.new_ones(*self.a.shape[:3], 1)], dim=-1)
-
-    def per_sample(self) -> Tensor:
-        """Per-sample gradients `(V, G, N, O, I)`: memory for V·N copies of the block."""
-        if self.num_positions == 1 and self.a is None:
-            return self.g.transpose(-1, -2)
-        return self.g.transpose(-1, -2) @ self.augmented
-
-    def squared(self) -> Tensor:
-        """Sum over samples and sweeps of the squared per-sample gradients, `(G, O, I)`."""
-        if self.num_positions > 1:
-            return self.per_sample().square().sum(dim=(0, 2))
-        # One position: (Σ_t g_o a_i)² = g_o² a_i², so the sum over N is a matrix product.
-        weights = self._squared_cotangents()  # (G, N, O)
-        out = psd.aligned_empty(weights, *self.block.shape)
-        if self.a is not None:
-            inputs = self.a.squeeze(2)
-            psd.product(weights.mT, inputs.square(), out[..., : inputs.shape[-1]])
-        if self.block.biased:
-            out[..., -1] = weights.sum(dim=1)
-        return out
-
-    def _squared_cotangents(self) -> Tensor:
-        """Sum over sweeps of g² at a single position, `(G, N, O)`."""
-        squares = self.g.squeeze(3).square()
-        return squares[0] if len(squares) == 1 else squares.sum(dim=0)
-
-    def unit_moments(self) -> Tensor:
-        """`Σ p pᵀ` over samples and sweeps of each unit's gradient p, `(G, O, I, I)`."""
-        if self.num_positions > 1:
-            p = self.per_sample().permute(1, 3, 0, 2, 4).flatten(2, 3)  # (G, O, V·N, I)
-            return psd.second_moment(p.flatten(0, 1)).unflatten(0, p.shape[:2])
-        a = self.augmented.squeeze(2)  # (G, N, I)
-        weights = self._squared_cotangents().mT  # (G, O, N)
-        out = a.new_empty(*self.block.shape, self.block.fan_in)
-        step = max(_TEMPORARY_NUMEL // a.numel(), 1)
-        for start in range(0, self.block.fan_out, step):
-            units = slice(start, start + step)
-            weighted = a.mT[:, None] * weights[:, units, None, :]  # (G, o, I, N)
-            out[:, units] = (weighted.flatten(1, 2) @ a).unflatten(1, (-1, a.shape[-1]))
-        return out
-
-    def block_moment(self) -> Tensor:
-        """`Σ p pᵀ` over samples and sweeps of the block's gradient p, `(p, p)`."""
-        p = self.per_sample().transpose(1, 2).flatten(0, 1).flatten(1)  # (V·N, G·O·I)
-        return psd.second_moment(p[None])[0]
-
-    def input_moment(self, *, reduce: bool) -> Tensor:
-        """`Σ ã ãᵀ` over samples and positions, `(G, I, I)`; reduce: of its mean per sample."""
-        if self.a is None:
-            count = self.num_samples * (1 if reduce else self.num_positions)
-            return self.g.new_full((self.block.groups, 1, 1), float(count))
-        a = (self.a.mean(dim=2, keepdim=True) if reduce else self.a).flatten(1, 2)
-        if not self.block.biased:
-            return psd.second_moment(a)
-        moment = psd.aligned_empty(a, self.block.groups, self.block.fan_in, self.block.fan_in)
-        psd.second_moment(a, out=moment[:, :-1, :-1])
-        moment[:, -1, :-1] = moment[:, :-1, -1] = a.sum(dim=1)
-        moment[:, -1, -1] = a.shape[1]
-        return moment
-
-    def output_moment(self, *, reduce: bool) -> Tensor:
-        """`Σ g gᵀ` over samples, sweeps, positions, `(G, O, O)`; reduce: of g summed per sample."""
-        g = self.g.sum(dim=3, keepdim=True) if reduce else self.g
-        g = g.transpose(0, 1).flatten(1, 3)  # (G, V·N·T, O)
-        return psd.second_moment(g)
+def _join(parts: Iterable[Tensor], num_samples: int, sample_axis: int) -> Tensor:
+    """Rows `(..., N·folded, T, ·)` of every call to `(..., N, T_all, ·)`."""
+    parts = [
+        part
+        if part.shape[sample_axis] == num_samples
+        else part.unflatten(sample_axis, (num_samples, -1)).flatten(
+            sample_axis + 1, sample_axis + 2
+        )
+        for part in parts
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=sample_axis + 1)

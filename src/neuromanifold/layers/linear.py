@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
-from neuromanifold.layers._base import LayerRule, register
+from neuromanifold.layers._base import WeightRule, register
 from neuromanifold.linalg import Block
 
 __all__ = ["LinearRule"]
 
 
-class LinearRule(LayerRule):
-    """`s = W a + b`: fan-in is the last axis; axes between it and the samples are positions."""
+class LinearRule(WeightRule):
+    """`s = W a + b`: fan-in is the last axis; axes between it and the samples are positions.
+
+    Args:
+        transposed: whether the weight is stored as `(I, O)`.
+    """
 
     name = "linear"
 
+    def __init__(self, *, transposed: bool = False) -> None:
+        self._transposed = transposed
+
     def block(self, module: nn.Module, name: str, trainable: frozenset[str]) -> Block:
         """One group; `weight (O, I)` and `bias (O,)`."""
-        assert isinstance(module, nn.Linear)
-        return Block.of_layer(name, 1, module.out_features, module.in_features, trainable)
+        fan_out, fan_in = reversed(module.weight.shape) if self._transposed else module.weight.shape
+        block = Block.of_layer(name, 1, fan_out, fan_in, trainable)
+        if not self._transposed or "weight" not in trainable:
+            return block
+        weight = replace(block.slots[0], view=(1, fan_in, fan_out), order=(0, 2, 1))
+        return replace(block, slots=(weight, *block.slots[1:]))
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`(rows, *T, I)` to `(1, rows, T, I)`."""
@@ -35,3 +48,5 @@ def _positions(x: Tensor, lead: int) -> Tensor:
 
 
 register(nn.Linear, LinearRule())
+# The linear layer of GPT-2, which has its name from there.
+register("transformers.pytorch_utils.Conv1D", LinearRule(transposed=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -165,6 +165,7 @@ class Block:
         fan_out: O, units of one group.
         slots: parameters, side by side along the fan-in axis.
         biased: whether the last fan-in column is a bias, that is, multiplies an input of one.
+        lookup: whether at each position one unit alone is used, as in an embedding.
     """
 
     name: str
@@ -172,6 +173,7 @@ class Block:
     fan_out: int
     slots: tuple[Slot, ...]
     biased: bool = False
+    lookup: bool = False
 
     @property
     def fan_in(self) -> int:
@@ -231,7 +233,7 @@ class Block:
         if not keep:
             return None
         biased = self.biased and self.slots[-1] in keep
-        return Block(self.name, self.groups, self.fan_out, tuple(keep), biased), columns
+        return replace(self, slots=tuple(keep), biased=biased), columns
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a manifest."""
@@ -244,7 +246,7 @@ class Block:
             Slot(s["parameter"], s["columns"], tuple(s["view"]), tuple(s["order"]))
             for s in entry["slots"]
         )
-        return cls(entry["name"], entry["groups"], entry["fan_out"], slots, entry["biased"])
+        return cls(**{**entry, "slots": slots})
 
     @classmethod
     def of_layer(

@@ -3,9 +3,14 @@
 from neuromanifold.structures._base import AdditiveStructure, Progress, Reducer, Source, Structure
 from neuromanifold.structures.dense import BlockDiagonal, Dense
 from neuromanifold.structures.diagonal import Diagonal
+from neuromanifold.structures.eigenkronecker import EigenKronecker
+from neuromanifold.structures.factors import Full
 from neuromanifold.structures.gram import Gram
 from neuromanifold.structures.implicit import Implicit
 from neuromanifold.structures.kronecker import Kronecker
+from neuromanifold.structures.lowrank import LowRank
+from neuromanifold.structures.policy import auto, per_layer
+from neuromanifold.structures.quasidiagonal import QuasiDiagonal
 from neuromanifold.structures.unitwise import UnitWise
 
 __all__ = [
@@ -13,12 +18,18 @@ __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "EigenKronecker",
+    "Full",
     "Gram",
     "Implicit",
     "Kronecker",
+    "LowRank",
     "Progress",
+    "QuasiDiagonal",
     "Reducer",
     "Source",
     "Structure",
     "UnitWise",
+    "auto",
+    "per_layer",
 ]

@@ -23,6 +23,7 @@ from neuromanifold.structures._base import Source, Structure, require_finite, un
 from neuromanifold.structures.rows import (
     TEMPORARY_NUMEL,
     FactoredRows,
+    IndexedRows,
     Rows,
     WholeRows,
     rows_of,
@@ -288,6 +289,9 @@ class GramOperator(FisherOperator):
         def rows(prefix: str) -> Rows:
             if f"{prefix}.gradients" in tensors:
                 return WholeRows(tensors[f"{prefix}.gradients"])
+            names = ("g", "indices", "num_rows_of_table")
+            if f"{prefix}.indices" in tensors:
+                return IndexedRows(*(tensors[f"{prefix}.{name}"] for name in names))
             a, g, biased = (tensors[f"{prefix}.{name}"] for name in ("a", "g", "biased"))
             return FactoredRows(a, g, bool(biased))
 

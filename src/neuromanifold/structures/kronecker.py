@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from neuromanifold.layers import Record
 from neuromanifold.linalg import Block, psd
-from neuromanifold.operators import BlockMatrix
+from neuromanifold.operators import BlockMatrix, Matrices
+from neuromanifold.structures import factors
 from neuromanifold.structures._base import AdditiveStructure, Statistics
 from neuromanifold.structures.diagonal import DiagonalMatrix
+from neuromanifold.structures.factors import Full
 
 __all__ = ["Kronecker", "KroneckerMatrix"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Kronecker(AdditiveStructure):
     """Two factors per layer and group: `A (I, I)` of the inputs, `B (O, O)` of the cotangents.
 
@@ -28,12 +30,19 @@ class Kronecker(AdditiveStructure):
     * "expand" treats positions as independent: A is the mean over positions, B the sum over them;
     * "reduce" treats them as one use: A of the mean input, B of the summed cotangent.
 
+    A weight that several modules share has the Kronecker product nearest to the sum of theirs, in
+    Frobenius norm: their uses are treated as independent. An embedding's units are the rows of its
+    table, and B is diagonal ("expand"): how often each row is looked up.
+
     Exact for one sample at one position, for a single linear layer with Gaussian output, and for
-    deep linear networks; an approximation elsewhere. Parameters without inputs (generic path, or a
-    bias alone) are kept by their diagonal.
+    deep linear networks; an approximation elsewhere. Layers of one unit per group (norms, depthwise
+    convolutions) have exact unit-wise blocks, which are as small. Parameters without inputs
+    (generic path, or a bias alone) are kept by their diagonal.
 
     Args:
         weight_sharing: "expand" or "reduce".
+        inputs: what is kept of A.
+        outputs: what is kept of B.
 
     Source: Martens and Grosse, arXiv 1503.05671; Eschenhagen et al., arXiv 2311.00636.
 
@@ -46,6 +55,8 @@ class Kronecker(AdditiveStructure):
     """
 
     weight_sharing: Literal["expand", "reduce"] = "expand"
+    inputs: Full = field(default_factory=Full)
+    outputs: Full = field(default_factory=Full)
 
     def __post_init__(self) -> None:
         if self.weight_sharing not in ("expand", "reduce"):
@@ -54,43 +65,93 @@ class Kronecker(AdditiveStructure):
             )
 
     def statistics(self, record: Record) -> Statistics:
-        """Second moments of inputs and cotangents, and the number of positions summed over."""
-        if not _has_inputs(record.block):
+        """Second moments of both sides at each place of use, and the number of uses."""
+        form = self.form(record.block)
+        if form == "Diagonal":
             return {"squares": record.squared()}
+        if form == "UnitWise":
+            return {"moments": record.unit_moments()}
+        _, fan_out, fan_in = record.block.shape
         reduce = self.weight_sharing == "reduce"
-        statistics = {"outputs": record.output_moment(reduce=reduce)}
-        if record.first:
-            statistics["inputs"] = record.input_moment(reduce=reduce)
-            uses = record.num_samples * (1 if reduce else record.num_positions)
-            statistics["uses"] = torch.tensor(uses, device=record.g.device)
+        statistics: Statistics = {}
+        for i, part in enumerate(record.parts):
+            assert part.sides is not None, f"{record.block.name}: units without inputs"
+            outputs, inputs = part.sides
+            key = f"{part.groups.start}.{i}"
+            if record.first or not inputs.once:
+                moment = self.inputs.moment(inputs, fan_in, reduce=reduce)
+                statistics[f"{key}.inputs"] = moment
+            if record.first or not outputs.once:
+                moment = self.outputs.moment(outputs, fan_out, reduce=reduce)
+                statistics[f"{key}.outputs"] = moment
+            if record.first:
+                uses = record.num_samples * (1 if reduce else part.num_positions)
+                statistics[f"{key}.uses"] = torch.tensor(uses, device=record.device)
         return statistics
 
     def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
         """Means: inputs over uses, cotangents over samples."""
         if "squares" in statistics:
             return DiagonalMatrix(block, statistics["squares"].div_(normaliser))
-        inputs = statistics["inputs"].div_(statistics["uses"].to(statistics["inputs"]))
-        return KroneckerMatrix(block, inputs, statistics["outputs"].div_(normaliser))
+        if "moments" in statistics:
+            return Matrices(block, statistics["moments"].flatten(0, 1).div_(normaliser))
+        places: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for key in (key for key in statistics if key.endswith(".uses")):
+            place = key.removesuffix(".uses")
+            inputs, outputs = statistics[f"{place}.inputs"], statistics[f"{place}.outputs"]
+            inputs.div_(statistics[key].clamp(min=1).to(inputs))
+            outputs.div_(normaliser)
+            places.setdefault(int(place.partition(".")[0]), []).append((outputs, inputs))
+        groups = [
+            factors.nearest_product(*zip(*places[start], strict=True)) for start in sorted(places)
+        ]
+        outputs, inputs = (
+            parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*groups, strict=True)
+        )
+        return KroneckerMatrix(block, inputs, outputs)
+
+    def form(self, block: Block) -> Literal["Kronecker", "UnitWise", "Diagonal"]:
+        """What a block is kept as."""
+        if block.fan_in == block.biased or block.fan_in == block.fan_out == 1:
+            return "Diagonal"
+        if block.fan_out > 1:
+            return "Kronecker"
+        return "Diagonal" if self.inputs.is_diagonal(block.fan_in) else "UnitWise"
 
     def numel(self, block: Block) -> int:
         """Two squares per group."""
-        if not _has_inputs(block):
+        form = self.form(block)
+        if form == "Diagonal":
             return block.num_parameters
-        return block.groups * (block.fan_in**2 + block.fan_out**2)
+        if form == "UnitWise":
+            return block.num_parameters * block.fan_in
+        # Tokens at single positions are unit vectors, whose moment is diagonal.
+        unit_vectors = block.lookup and self.weight_sharing == "expand"
+        outputs = block.fan_out if unit_vectors else self.outputs.numel(block.fan_out)
+        return block.groups * (self.inputs.numel(block.fan_in) + outputs)
 
     def represent(self, block: Block) -> tuple[str, bool, str]:
-        """Kronecker where there are inputs, Diagonal elsewhere."""
-        if _has_inputs(block):
-            return "Kronecker", False, ""
-        return "Diagonal", True, "only a bias, which has no input factor"
-
-
-def _has_inputs(block: Block) -> bool:
-    return block.fan_in > block.biased
+        """Kronecker where there are inputs and several units; else exact forms."""
+        form = self.form(block)
+        if form != "Kronecker":
+            without = "no inputs, hence no input factor" if block.fan_in == block.biased else ""
+            return form, True, without
+        wide = [
+            f"{side} by their diagonal: {width} wide"
+            for side, kept, width in (
+                ("inputs", self.inputs, block.fan_in),
+                ("outputs", self.outputs, block.fan_out),
+            )
+            if kept.is_diagonal(width)
+        ]
+        return form, False, "; ".join(wide)
 
 
 class KroneckerMatrix(BlockMatrix):
-    """`B ⊗ A` per group: `inputs A (G, I, I)`, `outputs B (G, O, O)`, unit-major."""
+    """`B ⊗ A` per group, unit-major: `inputs A (G, I, I)`, `outputs B (G, O, O)`.
+
+    A factor that is diagonal is `(G, I)` or `(G, O)`.
+    """
 
     kind = "kronecker"
 
@@ -101,13 +162,18 @@ class KroneckerMatrix(BlockMatrix):
 
     def matmul(self, x: Tensor) -> Tensor:
         """`B X A`."""
-        return self.outputs @ x @ self.inputs
+        return factors.apply(
+            self.inputs, factors.apply(self.outputs, x, outputs=True), outputs=False
+        )
 
     def function(self, function: psd.Function, x: Tensor) -> Tensor:
         """In the product of the two eigenbases, exactly."""
         (_, q_in), (_, q_out) = self._eigh
-        rotated = q_out.mT @ x @ q_in
-        return q_out @ (function(self._spectrum) * rotated) @ q_in.mT
+        x = x if q_out is None else q_out.mT @ x
+        x = x if q_in is None else x @ q_in
+        x = function(self._spectrum) * x
+        x = x if q_out is None else q_out @ x
+        return x if q_in is None else x @ q_in.mT
 
     def eigenvalues(self) -> Tensor:
         """Products of the factors' eigenvalues."""
@@ -115,7 +181,7 @@ class KroneckerMatrix(BlockMatrix):
 
     def diagonal(self) -> Tensor:
         """Products of the factors' diagonals."""
-        return _outer(_diagonal(self.outputs), _diagonal(self.inputs))
+        return _outer(factors.diagonal(self.outputs), factors.diagonal(self.inputs))
 
     def norm(self) -> Tensor:
         """Products of the factors' norms, over groups."""
@@ -133,25 +199,24 @@ class KroneckerMatrix(BlockMatrix):
     def restrict(self, block: Block, columns: list[int]) -> KroneckerMatrix:
         """A principal submatrix of the input factor."""
         keep = torch.tensor(columns, device=self.inputs.device)
-        return KroneckerMatrix(block, self.inputs[:, keep[:, None], keep], self.outputs)
+        inputs = (
+            self.inputs[:, keep] if self.inputs.ndim == 2 else self.inputs[:, keep[:, None], keep]
+        )
+        return KroneckerMatrix(block, inputs, self.outputs)
 
     def dense(self) -> Tensor:
         """Kronecker products of the groups along the diagonal."""
-        pairs = zip(self.outputs, self.inputs, strict=True)
+        pairs = zip(factors.full(self.outputs), factors.full(self.inputs), strict=True)
         return torch.block_diag(*(torch.kron(b.contiguous(), a.contiguous()) for b, a in pairs))
 
     @cached_property
-    def _eigh(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return psd.eigh(self.inputs), psd.eigh(self.outputs)
+    def _eigh(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        return factors.eigh(self.inputs), factors.eigh(self.outputs)
 
     @property
     def _spectrum(self) -> Tensor:
         (inputs, _), (outputs, _) = self._eigh
         return _outer(outputs, inputs)
-
-
-def _diagonal(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 def _outer(outputs: Tensor, inputs: Tensor) -> Tensor:

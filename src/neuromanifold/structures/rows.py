@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from neuromanifold.layers import Record
+from neuromanifold.layers import Factored, Indexed, Record
 from neuromanifold.linalg import memory, psd
 
-__all__ = ["FactoredRows", "Rows", "WholeRows", "rows_of"]
+__all__ = ["FactoredRows", "IndexedRows", "Rows", "WholeRows", "rows_of"]
 
 TEMPORARY_NUMEL = 2**24
 """Numbers in a temporary of a Gram matrix."""
@@ -43,7 +43,7 @@ class Rows(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The numbers, by argument name of the constructor."""
+        """The numbers, by argument name of the constructor; the first has the rows' dtype."""
 
 
 class WholeRows(Rows):
@@ -179,23 +179,96 @@ def _inner(left: Tensor, right: Tensor, itself: bool) -> Tensor:
     return psd.second_moment(left.mT) if itself else left @ right.mT
 
 
+class IndexedRows(Rows):
+    """Gradients of rows of a table: which `indices (N, T)`, −1 for none, and `g (V, N, T, D)`."""
+
+    def __init__(self, g: Tensor, indices: Tensor, num_rows_of_table: Tensor) -> None:
+        self.indices = indices
+        self.g = g
+        self.table = int(num_rows_of_table)
+        self.num_rows = g.shape[0] * g.shape[1]
+
+    def gram(self, other: Rows) -> Tensor:
+        """Inner products of cotangents, over pairs of positions with the same index."""
+        if not isinstance(other, IndexedRows):
+            return WholeRows(self.per_sample()).gram(other)
+        per_sample = self.g.shape[0] * self.g.shape[2] * other.g[..., 0].numel()
+        step = max(TEMPORARY_NUMEL // per_sample, 1)
+        strips = []
+        for start in range(0, self.g.shape[1], step):
+            samples = slice(start, start + step)
+            same = self.indices[samples, :, None, None] == other.indices
+            products = torch.einsum("vntd,wmsd->vntwms", self.g[:, samples], other.g)
+            strips.append((products * same[None, :, :, None]).sum(dim=(2, 5)))
+        return torch.cat(strips, dim=1).flatten(2).flatten(0, 1)
+
+    def project(self, x: list[Tensor]) -> Tensor:
+        """Looks up."""
+        found = x[0][:, 0, self.indices.clamp(min=0)]  # (R, N, T, D)
+        return torch.einsum("vntd,rntd->vnr", self.g, found).flatten(0, 1)
+
+    def combine(self, c: Tensor) -> list[Tensor]:
+        """Adds up."""
+        c = c.unflatten(0, (self.g.shape[0], -1))
+        weighted = torch.einsum("vnr,vntd->rntd", c, self.g).flatten(1, 2)
+        out = weighted.new_zeros(len(weighted), self.table, weighted.shape[-1])
+        return [out.index_add_(1, self.indices.clamp(min=0).flatten(), weighted)[:, None]]
+
+    def squares(self) -> Tensor:
+        """As the record's part does it."""
+        return self._part().squared()
+
+    def per_sample(self) -> Tensor:
+        """`(V·N, G, O, I)`."""
+        return self._part().per_sample().transpose(1, 2).flatten(0, 1)
+
+    def restrict(self, columns: list[int]) -> IndexedRows:
+        """There is one parameter."""
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Indices, cotangents, and the length of the table."""
+        table = torch.tensor(self.table, device=self.g.device)
+        return {"g": self.g, "indices": self.indices, "num_rows_of_table": table}
+
+    def _part(self) -> Indexed:
+        return Indexed(self.indices, self.g, self.table)
+
+
 def rows_of(record: Record) -> Rows:
     """Keep whole gradients or their factors, whichever is smaller or multiplies faster."""
-    groups, fan_out, fan_in = record.block.shape
-    sweeps, positions = record.g.shape[0], record.num_positions
+    part = record.single
+    if isinstance(part, Indexed) and _smaller(part.g[0, 0], record):
+        return IndexedRows(part.g, part.indices, torch.tensor(part.num_rows))
+    if isinstance(part, Factored) and part.a is not None and _factors_pay(part):
+        # A copy: the first layer's input is the user's own tensor, which may change later.
+        return FactoredRows(part.a.clone(), part.g, part.biased)
+    memory.require(
+        record.num_sweeps
+        * record.num_samples
+        * record.block.num_parameters
+        * record.dtype.itemsize,
+        record.device,
+        what=f"The gradients of {record.block.name!r} for {record.num_samples} samples",
+        instead="Use fewer samples, or params=[...] without this layer.",
+    )
+    parts = [part.per_sample() for part in record.split(TEMPORARY_NUMEL, across_sweeps=False)]
+    return WholeRows(torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1))
+
+
+def _smaller(of_sample: Tensor, record: Record) -> bool:
+    return of_sample.numel() < record.block.num_parameters
+
+
+def _factors_pay(part: Factored) -> bool:
+    """Whether factors are smaller than gradients, and multiply as fast in a Gram matrix."""
+    assert part.a is not None
+    sweeps, _, _, positions, fan_out = part.g.shape
+    fan_in = part.a.shape[-1] + part.biased
     whole = sweeps * fan_out * fan_in
-    factored = positions * (fan_in + sweeps * fan_out)
-    # Multiplications for one pair of samples in the Gram matrix.
+    if positions == 0 or whole < positions * (fan_in + sweeps * fan_out):
+        return False
+    # Multiplications for one pair of samples.
     whole_cost = sweeps * whole
     factored_cost = positions**2 * (fan_in + sweeps**2 * (fan_out + 1))
-    if record.a is None or whole < factored or (positions > 1 and whole_cost < factored_cost):
-        memory.require(
-            record.num_samples * groups * whole * record.g.dtype.itemsize,
-            record.g.device,
-            what=f"The gradients of {record.block.name!r} for {record.num_samples} samples",
-            instead="Use fewer samples, or params=[...] without this layer.",
-        )
-        parts = [part.per_sample() for part in record.split(TEMPORARY_NUMEL)]
-        return WholeRows(torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1))
-    # A copy: the first layer's input is the user's own tensor, which may change later.
-    return FactoredRows(record.a.clone(), record.g, record.block.biased)
+    return positions == 1 or factored_cost <= whole_cost

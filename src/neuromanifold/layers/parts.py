@@ -1,0 +1,328 @@
+"""What the uses of a block say about its gradient: pairs of vectors, or the gradients themselves.
+
+The gradient of one sample and one sweep is `Σ_t o_t i_tᵀ` over the positions t at which the layer
+is used. A `Part` holds one such sum; its two `Side`s hold the vectors `o_t` and `i_t`. For a linear
+layer `i` is the input and `o` the cotangent. For an embedding `o` is the token, as a one-hot vector
+that is never formed, and `i` the cotangent: its units are the rows of its weight.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from neuromanifold.linalg import psd
+
+__all__ = ["Factored", "Indexed", "Inputs", "OneHot", "Part", "Side", "Vectors", "Whole"]
+
+
+_TEMPORARY_NUMEL = 2**24
+"""Numbers in a temporary that a loop over units may make."""
+
+
+class Side(ABC):
+    """The vectors of one side of a sum over positions, `n` numbers each.
+
+    Attributes:
+        once: whether they are the same in every sweep, as inputs are, so that their statistics are
+            counted in the first sweep of a batch only.
+    """
+
+    once: bool
+
+    @abstractmethod
+    def moment(self, *, reduce: bool) -> Tensor:
+        """`Σ x xᵀ` over samples, sweeps, positions: `(G, n, n)`, or `(G, n)` if it is diagonal.
+
+        With `reduce`, of one vector per sample: the mean over positions if `once`, else the sum.
+        """
+
+    @abstractmethod
+    def squares(self, *, reduce: bool) -> Tensor:
+        """The diagonal of the moment, `(G, n)`."""
+
+
+class Vectors(Side):
+    """Cotangents `x (V, G, N, T, n)`."""
+
+    once = False
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def moment(self, *, reduce: bool) -> Tensor:
+        """`(G, n, n)`."""
+        return psd.second_moment(self._rows(reduce))
+
+    def squares(self, *, reduce: bool) -> Tensor:
+        """`(G, n)`."""
+        return self._rows(reduce).square().sum(dim=1)
+
+    def _rows(self, reduce: bool) -> Tensor:
+        x = self.x.sum(dim=3, keepdim=True) if reduce else self.x
+        return x.transpose(0, 1).flatten(1, 3)
+
+
+class Inputs(Side):
+    """Layer inputs `a (G, N, T, I)`, and ones in a last column if there is a bias."""
+
+    once = True
+
+    def __init__(self, a: Tensor, biased: bool) -> None:
+        self.a = a
+        self.biased = biased
+
+    def moment(self, *, reduce: bool) -> Tensor:
+        """`(G, I, I)`."""
+        a = self._rows(reduce)
+        if not self.biased:
+            return psd.second_moment(a)
+        width = a.shape[-1] + 1
+        moment = psd.aligned_empty(a, len(a), width, width)
+        psd.second_moment(a, out=moment[:, :-1, :-1])
+        moment[:, -1, :-1] = moment[:, :-1, -1] = a.sum(dim=1)
+        moment[:, -1, -1] = a.shape[1]
+        return moment
+
+    def squares(self, *, reduce: bool) -> Tensor:
+        """`(G, I)`."""
+        a = self._rows(reduce)
+        squares = a.square().sum(dim=1)
+        if not self.biased:
+            return squares
+        return torch.cat([squares, squares.new_full((len(a), 1), a.shape[1])], dim=1)
+
+    def _rows(self, reduce: bool) -> Tensor:
+        a = self.a
+        if reduce:
+            a = a.sum(dim=2, keepdim=True) / max(a.shape[2], 1)
+        return a.flatten(1, 2)
+
+
+class OneHot(Side):
+    """Unit vectors of length `width`, by the index of their entry, `(N, T)`; −1 for zero."""
+
+    once = True
+
+    def __init__(self, indices: Tensor, width: int, like: Tensor) -> None:
+        self.indices = indices
+        self.width = width
+        self._like = like
+
+    def moment(self, *, reduce: bool) -> Tensor:
+        """Counts `(1, width)`; reduce: `(1, width, width)`, of each sample's frequencies."""
+        if not reduce:
+            return self.squares(reduce=False)
+        return psd.second_moment(self._frequencies()[None])
+
+    def squares(self, *, reduce: bool) -> Tensor:
+        """`(1, width)`."""
+        if reduce:
+            return self._frequencies().square().sum(dim=0, keepdim=True)
+        counts = self._like.new_zeros(1, self.width)
+        seen = (self.indices >= 0).to(counts).flatten()[None]
+        return counts.index_add_(1, self.indices.clamp(min=0).flatten(), seen)
+
+    def _frequencies(self) -> Tensor:
+        """Of each entry in each sample, `(N, width)`."""
+        seen = (self.indices >= 0).to(self._like) / max(self.indices.shape[1], 1)
+        out = seen.new_zeros(len(self.indices), self.width)
+        return out.scatter_add_(1, self.indices.clamp(min=0), seen)
+
+
+class Part(ABC):
+    """The contribution of one place of use to the gradients of some groups of a block.
+
+    Attributes:
+        groups: which groups; shapes below have `G` of them.
+    """
+
+    groups: slice
+    sides: tuple[Side, Side] | None = None
+    """Outputs and inputs of the sum, where there is one."""
+
+    @property
+    @abstractmethod
+    def num_positions(self) -> int:
+        """T, uses per sample."""
+
+    @abstractmethod
+    def per_sample(self) -> Tensor:
+        """Per-sample gradients `(V, G, N, O, I)`: memory for V·N copies of the groups."""
+
+    def squared(self) -> Tensor:
+        """Sum over samples and sweeps of the squared per-sample gradients, `(G, O, I)`."""
+        return self.per_sample().square().sum(dim=(0, 2))
+
+    def unit_moments(self) -> Tensor:
+        """`Σ p pᵀ` over samples and sweeps of each unit's gradient p, `(G, O, I, I)`."""
+        p = self.per_sample().permute(1, 3, 0, 2, 4).flatten(2, 3)  # (G, O, V·N, I)
+        return psd.second_moment(p.flatten(0, 1)).unflatten(0, p.shape[:2])
+
+
+class Factored(Part):
+    """Inputs and cotangents of a layer with weights.
+
+    Attributes:
+        a: inputs `(G, N, T, I)` without the bias column; None when no weight is trainable.
+        g: cotangents `(V, G, N, T, O)`.
+        biased: whether a bias column follows.
+    """
+
+    def __init__(self, a: Tensor | None, g: Tensor, biased: bool, groups: slice) -> None:
+        self.a = a
+        self.g = g
+        self.biased = biased
+        self.groups = groups
+
+    @property
+    def sides(self) -> tuple[Side, Side] | None:  # type: ignore[override]
+        """Cotangents and inputs."""
+        return None if self.a is None else (Vectors(self.g), Inputs(self.a, self.biased))
+
+    @property
+    def num_positions(self) -> int:
+        """T."""
+        return self.g.shape[3]
+
+    @cached_property
+    def augmented(self) -> Tensor:
+        """Inputs with the bias column, `ã (G, N, T, I)`."""
+        if self.a is None:
+            return self.g.new_ones(*self.g.shape[1:4], 1)
+        if not self.biased:
+            return self.a
+        return torch.cat([self.a, self.a.new_ones(*self.a.shape[:3], 1)], dim=-1)
+
+    def per_sample(self) -> Tensor:
+        """`Σ_t g_t ã_tᵀ`."""
+        if self.num_positions == 1 and self.a is None:
+            return self.g.transpose(-1, -2)
+        return self.g.transpose(-1, -2) @ self.augmented
+
+    def squared(self) -> Tensor:
+        """A matrix product at one position: `(Σ_t g_o a_i)² = g_o² a_i²`."""
+        if self.num_positions != 1:
+            return super().squared()
+        weights = self._squared_cotangents()  # (G, N, O)
+        width = 0 if self.a is None else self.a.shape[-1]
+        out = psd.aligned_empty(weights, len(weights), weights.shape[2], width + self.biased)
+        if self.a is not None:
+            psd.product(weights.mT, self.a.squeeze(2).square(), out[..., :width])
+        if self.biased:
+            out[..., -1] = weights.sum(dim=1)
+        return out
+
+    def _squared_cotangents(self) -> Tensor:
+        """Sum over sweeps of g² at a single position, `(G, N, O)`."""
+        squares = self.g.squeeze(3).square()
+        return squares[0] if len(squares) == 1 else squares.sum(dim=0)
+
+    def unit_moments(self) -> Tensor:
+        """At one position, inputs weighted by squared cotangents."""
+        if self.num_positions != 1:
+            return super().unit_moments()
+        a = self.augmented.squeeze(2)  # (G, N, I)
+        weights = self._squared_cotangents().mT  # (G, O, N)
+        out = a.new_empty(*weights.shape[:2], a.shape[2], a.shape[2])
+        step = max(_TEMPORARY_NUMEL // a.numel(), 1)
+        for start in range(0, weights.shape[1], step):
+            units = slice(start, start + step)
+            weighted = a.mT[:, None] * weights[:, units, None, :]  # (G, o, I, N)
+            out[:, units] = (weighted.flatten(1, 2) @ a).unflatten(1, (-1, a.shape[-1]))
+        return out
+
+
+class Indexed(Part):
+    """Rows of a table that were looked up, and the cotangents at what was found.
+
+    Attributes:
+        indices: `(N, T)`, the row at each position; −1 where there is no gradient.
+        g: cotangents `(V, N, T, D)`.
+        num_rows: of the table; units of the block, whose fan-in is D.
+    """
+
+    groups = slice(0, 1)
+
+    def __init__(self, indices: Tensor, g: Tensor, num_rows: int) -> None:
+        self.indices = indices
+        self.g = torch.where((indices >= 0)[..., None], g, 0)
+        self.num_rows = num_rows
+
+    @property
+    def sides(self) -> tuple[Side, Side]:  # type: ignore[override]
+        """Tokens and cotangents."""
+        return OneHot(self.indices, self.num_rows, self.g), Vectors(self.g[:, None])
+
+    @property
+    def num_positions(self) -> int:
+        """T."""
+        return self.indices.shape[1]
+
+    def per_sample(self) -> Tensor:
+        """The table is zero but for the rows that were looked up."""
+        sweeps, num_samples, _, width = self.g.shape
+        out = self.g.new_zeros(sweeps, num_samples, self.num_rows, width)
+        rows = self.indices.clamp(min=0)[None, :, :, None].expand_as(self.g)
+        return out.scatter_add_(2, rows, self.g)[:, None]
+
+    def squared(self) -> Tensor:
+        """Without the zeros."""
+        rows, sums = self._combined
+        out = sums.new_zeros(1, self.num_rows, sums.shape[-1])
+        return out.index_add_(1, rows, sums.square().sum(dim=0, keepdim=True))
+
+    def unit_moments(self) -> Tensor:
+        """Without the zeros."""
+        rows, sums = self._combined
+        width = sums.shape[-1]
+        out = sums.new_zeros(self.num_rows, width, width)
+        step = max(_TEMPORARY_NUMEL // width**2, 1)
+        for start in range(0, len(rows), step):
+            p = sums[:, start : start + step]
+            out.index_add_(0, rows[start : start + step], torch.einsum("vsi,vsj->sij", p, p))
+        return out[None]
+
+    @cached_property
+    def _combined(self) -> tuple[Tensor, Tensor]:
+        """Distinct pairs of sample and row: the row `(S,)` and its gradient `(V, S, D)`.
+
+        S is N·T, whatever repeats: entries without a pair are zero and belong to row 0, so that no
+        size depends on values.
+        """
+        num_samples = len(self.indices)
+        rows = self.indices.clamp(min=0)
+        samples = torch.arange(num_samples, device=rows.device)[:, None]
+        pairs, order = (samples * self.num_rows + rows).flatten().sort()
+        starts = torch.ones_like(pairs)
+        starts[1:] = pairs[1:] != pairs[:-1]
+        pair = starts.cumsum(0) - 1
+        sums = torch.zeros_like(self.g).flatten(1, 2)
+        sums.index_add_(1, pair, self.g.flatten(1, 2)[:, order])
+        found = torch.zeros_like(pairs).scatter_(0, pair, pairs % self.num_rows)
+        return found, sums
+
+
+class Whole(Part):
+    """Per-sample gradients as they are, `(V, G, N, O, I)`: layers with few parameters per unit."""
+
+    def __init__(self, gradients: Tensor, groups: slice) -> None:
+        self._gradients = gradients
+        self.groups = groups
+
+    @property
+    def num_positions(self) -> int:
+        """Summed over already."""
+        return 1
+
+    def per_sample(self) -> Tensor:
+        """The gradients."""
+        return self._gradients
+
+    def unit_moments(self) -> Tensor:
+        """Entry by entry: the matrices are small."""
+        p = self._gradients
+        return torch.einsum("vgnoi,vgnoj->goij", p, p)
