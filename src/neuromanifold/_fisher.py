@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,11 @@ from neuromanifold._progress import reporting
 from neuromanifold.capture import Data, Forward, call_model, plan
 from neuromanifold.estimators import Estimator, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
+from neuromanifold.linalg import memory
 from neuromanifold.operators import FisherOperator
 from neuromanifold.operators.storage import load
-from neuromanifold.structures import Kronecker, Progress, Reducer, Source, Structure
+from neuromanifold.structures import Kronecker, Progress, Reducer, Source, Structure, per_layer
+from neuromanifold.structures.cost import within
 
 __all__ = ["fisher", "load"]
 
@@ -23,7 +26,7 @@ def fisher(
     model: nn.Module,
     likelihood: Likelihood,
     data: Any,
-    structure: Structure | None = None,
+    structure: Structure | Mapping[str, Structure] | None = None,
     *,
     estimator: Estimator | None = None,
     params: Iterable[str] | None = None,
@@ -33,6 +36,7 @@ def fisher(
     reducer: Reducer | None = None,
     generator: torch.Generator | None = None,
     progress: bool | Progress = False,
+    max_bytes: int | str | None = None,
 ) -> FisherOperator:
     r"""Measure the Fisher information matrix of a model.
 
@@ -47,7 +51,8 @@ def fisher(
         data: a tensor of inputs, a tuple `(inputs, targets)`, a mapping of keyword arguments, or an
             iterable of those such as a DataLoader. Targets are needed by `nm.Empirical()` only;
             elsewhere they mark ignored positions.
-        structure: what is kept of the matrix; `nm.Kronecker()` by default.
+        structure: what is kept of the matrix; `nm.Kronecker()` by default. A mapping from patterns
+            of module or parameter names gives each layer its own; the first match counts.
         estimator: which vectors are sent back; `nm.MonteCarlo(1)`, one sampled label, by default.
         params: names or shell-style patterns of the parameters to measure; all trainable ones by
             default.
@@ -59,6 +64,8 @@ def fisher(
             does.
         generator: source of the estimator's randomness; the same seed gives the same answer.
         progress: True shows a progress bar on stderr; a function is told `(done, total)`.
+        max_bytes: e.g. "2 GiB": cut batches so that tensors take no more than this, over what is
+            allocated already. The size is found by trials on the first batch.
 
     Returns:
         The matrix as an operator: products, solves, spectrum, samples, file.
@@ -78,7 +85,46 @@ def fisher(
         >>> F.num_samples, F.num_parameters
         (32, 15)
     """
+    request = _request(
+        model,
+        likelihood,
+        data,
+        structure,
+        estimator=estimator,
+        params=params,
+        per=per,
+        forward=forward,
+        uncovered=uncovered,
+        reducer=reducer,
+        generator=generator,
+        progress=progress,
+    )
+    with request as (structure, source):
+        if max_bytes is not None:
+            source = within(structure, source, memory.parse(max_bytes))
+        return structure.build(source)
+
+
+@contextmanager
+def _request(
+    model: nn.Module,
+    likelihood: Likelihood,
+    data: Any,
+    structure: Structure | Mapping[str, Structure] | None,
+    *,
+    estimator: Estimator | None,
+    params: Iterable[str] | None,
+    per: Literal["sample", "position"],
+    forward: Forward | None,
+    uncovered: Literal["generic", "error"],
+    reducer: Reducer | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool | Progress = False,
+) -> Iterator[tuple[Structure, Source]]:
+    """What was asked for, checked; inside it, torch is set up to measure."""
     structure = Kronecker() if structure is None else structure
+    if isinstance(structure, Mapping):
+        structure = per_layer(structure)
     estimator = MonteCarlo(1) if estimator is None else estimator
     _check_kinds(model, likelihood, structure, estimator)
     if per not in ("sample", "position"):
@@ -99,7 +145,7 @@ def fisher(
     ):
         source = Source(
             plan=measured,
-            data=Data(data),
+            data=Data(data, measured.model),
             likelihood=likelihood,
             estimator=estimator,
             forward=forward,
@@ -108,7 +154,7 @@ def fisher(
             reducer=reducer,
             progress=report,
         )
-        return structure.build(source)
+        yield structure, source
 
 
 def _check_kinds(model: Any, likelihood: Any, structure: Any, estimator: Any) -> None:

@@ -22,6 +22,36 @@ def test_readable(num_bytes: int, text: str) -> None:
     assert memory.readable(num_bytes) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "num_bytes"),
+    [
+        (1, 1),
+        (2**40, 2**40),
+        ("300", 300),
+        ("300 B", 300),
+        ("1.5KiB", 1536),
+        (" 2 GiB ", 2**31),
+        ("2 gib", 2**31),
+        ("1.5 GB", 1_500_000_000),
+        ("10 kB", 10_000),
+        ("1 TiB", 2**40),
+    ],
+)
+def test_parse(value: int | str, num_bytes: int) -> None:
+    assert memory.parse(value) == num_bytes
+
+
+@pytest.mark.parametrize("num_bytes", [1, 1024, 3 * 2**20, 5 * 2**30, 7 * 2**40])
+def test_parse_reads_what_readable_writes(num_bytes: int) -> None:
+    assert memory.parse(memory.readable(num_bytes)) == num_bytes
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.0, None, "", "GiB", "-2 MiB", "2 MiBs", "1e9"])
+def test_parse_refuses_what_is_no_size(value: object) -> None:
+    with pytest.raises(ValueError, match=r'A size is .*"512 MiB".*got'):
+        memory.parse(value)  # type: ignore[arg-type]
+
+
 def test_require_names_both_sizes_and_what_would_fit() -> None:
     with pytest.raises(TooLargeError, match=r"Everything needs 1024.0 TiB.*Use less") as caught:
         memory.require(2**50, CPU, what="Everything", instead="Use less.")

@@ -11,6 +11,7 @@ from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution, Exponential, Independent, Normal
 from torch.distributions import Poisson as TorchPoisson
+from transformers import pytorch_utils
 
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.likelihoods import (
@@ -347,15 +348,49 @@ def tied() -> nn.Module:
         (
             nn.Sequential(nn.Linear(1, 2), nn.LayerNorm(2), nn.Linear(2, 1)),
             "BlockDiagonal",
-            [[0, 1, 2, 3], [4, 5], [6, 7], [8, 9, 10]],
+            [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]],
         ),
         (
             nn.Sequential(nn.Linear(1, 2), nn.LayerNorm(2), nn.Linear(2, 1)),
             "UnitWise",
-            [[0, 2], [1, 3], *singles(4, 5, 6, 7), [8, 9, 10]],
+            [[0, 2], [1, 3], [4, 6], [5, 7], [8, 9, 10]],
+        ),
+        (nn.LayerNorm((2, 2), bias=False), "UnitWise", singles(*range(4))),
+        (nn.BatchNorm1d(2), "BlockDiagonal", [[0, 1, 2, 3]]),
+        (nn.ConvTranspose1d(2, 2, 2), "UnitWise", [[0, 1, 4, 5, 8], [2, 3, 6, 7, 9]]),
+        (nn.ConvTranspose1d(2, 2, 2, groups=2), "UnitWise", [[0, 1, 4], [2, 3, 5]]),
+        (nn.Embedding(2, 3, padding_idx=0), "UnitWise", [[0, 1, 2], [3, 4, 5]]),
+        (nn.Embedding(2, 3), "BlockDiagonal", [[*range(6)]]),
+        (nn.EmbeddingBag(2, 2), "UnitWise", singles(*range(4))),
+        (nn.Bilinear(1, 2, 1), "BlockDiagonal", [[0, 1], [2]]),
+        (nn.PReLU(2), "UnitWise", singles(0, 1)),
+        (nn.RNN(1, 2), "BlockDiagonal", [[0, 1, 6, 7], [2, 3, 4, 5, 8, 9]]),
+        (nn.RNN(1, 2), "UnitWise", [[0, 6], [1, 7], [2, 3, 8], [4, 5, 9]]),
+        (
+            nn.LSTM(1, 2, proj_size=1, bias=False),
+            "BlockDiagonal",
+            [[*range(8)], [*range(8, 16)], [16, 17]],
+        ),
+        (nn.GRUCell(1, 1), "UnitWise", [[0, 6], [1, 7], [2, 8], [3, 9], [4, 10], [5, 11]]),
+        (nn.MultiheadAttention(1, 1), "BlockDiagonal", [[*range(6)], [6, 7]]),
+        (nn.MultiheadAttention(1, 1), "UnitWise", [[0, 3], [1, 4], [2, 5], [6, 7]]),
+        (
+            nn.MultiheadAttention(2, 1, kdim=1, vdim=1, bias=False, add_bias_kv=True),
+            "BlockDiagonal",
+            [[0, 1, 2, 3], [4, 5], [6, 7], [8, 9], [10, 11], [12, 13, 14, 15]],
+        ),
+        (
+            nn.MultiheadAttention(2, 1, kdim=1, vdim=1, bias=False, add_bias_kv=True),
+            "UnitWise",
+            [[0, 1], [2, 3], *singles(*range(4, 12)), [12, 13], [14, 15]],
+        ),
+        (
+            nn.MultiheadAttention(1, 1, kdim=2),
+            "BlockDiagonal",
+            [[0], [1, 2], [3], [4, 5, 6], [7, 8]],
         ),
         (tied(), "BlockDiagonal", [[0, 1, 2, 3], [4, 5], [6, 7]]),
-        (tied(), "UnitWise", singles(*range(8))),
+        (tied(), "UnitWise", [[0, 1], [2, 3], *singles(*range(4, 8))]),
     ],
 )
 def test_projection_keeps_the_blocks_of_its_structure(
@@ -363,6 +398,16 @@ def test_projection_keeps_the_blocks_of_its_structure(
 ) -> None:
     size = sum(map(len, groups))
     assert torch.equal(reference.project(torch.ones(size, size), model, structure), kept(groups))
+
+
+def test_hugging_face_linear_has_its_units_in_columns() -> None:
+    layer = pytorch_utils.Conv1D(2, 2)
+    assert torch.equal(
+        reference.project(torch.ones(6, 6), layer, "UnitWise"), kept([[0, 2, 4], [1, 3, 5]])
+    )
+    assert torch.equal(
+        reference.project(torch.ones(6, 6), layer, "BlockDiagonal"), kept([[*range(6)]])
+    )
 
 
 # ---- the Kronecker oracle --------------------------------------------------------------------
@@ -483,14 +528,60 @@ def test_kronecker_leaves_frozen_parameters_out() -> None:
 
 def test_parameters_without_an_input_factor_keep_their_exact_diagonal() -> None:
     shared = tied()
-    norm = network(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     bias_only = network(nn.Linear(3, 2))
     bias_only[0].weight.requires_grad_(False)
-    for model, rows in ((shared, slice(None)), (norm, slice(16, 24)), (bias_only, slice(None))):
+    for model in (shared, bias_only):
         x = randn(N, 2 if model is shared else 3)
         exact = reference.dense_fisher(model, Categorical(), x)
-        actual = reference.kronecker(model, Categorical(), x)
-        assert_same(actual[rows], exact.diagonal().diag()[rows])
+        assert_same(reference.kronecker(model, Categorical(), x), exact.diagonal().diag())
+
+
+@WEIGHT_SHARING
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [
+        (network(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)), slice(16, 24)),
+        (network(nn.Conv1d(3, 3, 2, groups=3), nn.Tanh(), nn.Conv1d(3, 2, 2)), slice(0, 9)),
+        (network(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), slice(16, 21)),
+    ],
+    ids=["norm", "depthwise", "single output"],
+)
+def test_groups_of_one_unit_are_exact(model: nn.Module, rows: slice, weight_sharing: Any) -> None:
+    x = randn(N, 3, 3)
+    exact = reference.dense_fisher(model, Gaussian(), x)
+    actual = reference.kronecker(model, Gaussian(), x, weight_sharing)
+    assert_same(actual[rows], reference.project(exact, model, "UnitWise")[rows])
+
+
+@WEIGHT_SHARING
+def test_a_transposed_convolution_is_a_linear_layer_where_it_spreads_nothing(
+    weight_sharing: Any,
+) -> None:
+    transposed = network(nn.ConvTranspose1d(4, 6, 1, groups=2), nn.Tanh(), nn.Conv1d(6, 2, 3))
+    conv = network(nn.Conv1d(4, 6, 1, groups=2), nn.Tanh(), nn.Conv1d(6, 2, 3))
+    conv[0].weight.data = transposed[0].weight.data.reshape(2, 2, 3).mT.reshape(6, 2, 1)
+    for index in (0, 2):
+        conv[index].bias = transposed[index].bias
+    conv[2].weight = transposed[2].weight
+    x = randn(N, 4, 3)
+    # (groups, in, out) of one weight to (groups, out, in) of the other
+    order = torch.cat([torch.arange(12).reshape(2, 2, 3).mT.flatten(), torch.arange(12, 56)])
+    actual = reference.kronecker(transposed, Categorical(class_axis=1), x, weight_sharing)
+    expected = reference.kronecker(conv, Categorical(class_axis=1), x, weight_sharing)
+    assert_same(block(actual, order), expected)
+
+
+@WEIGHT_SHARING
+def test_hugging_face_linear_is_a_linear_layer(weight_sharing: Any) -> None:
+    linear = network(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    layer = pytorch_utils.Conv1D(4, 3)
+    layer.weight.data, layer.bias = linear[0].weight.data.T.clone(), linear[0].bias
+    model = nn.Sequential(layer, *linear[1:])
+    x = randn(N, 5, 3)
+    order = torch.cat([torch.arange(12).reshape(3, 4).T.flatten(), torch.arange(12, 26)])
+    actual = reference.kronecker(model, Categorical(), x, weight_sharing)
+    expected = reference.kronecker(linear, Categorical(), x, weight_sharing)
+    assert_same(block(actual, order), expected)
 
 
 class Partial(nn.Module):

@@ -10,10 +10,10 @@ from neuromanifold.capture.data import (
 )
 from neuromanifold.capture.generic import (
     buffers_kept,
-    differentiable_twice,
     functional_model,
     require_function,
 )
+from neuromanifold.capture.kernels import differentiable_twice
 from neuromanifold.capture.layout import Plan, Site, plan, unwrap
 from neuromanifold.capture.tape import Tape
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import RandomSampler
 
@@ -18,16 +21,32 @@ __all__ = ["TARGET_KEYS", "Batch", "Data", "Forward", "call_model"]
 TARGET_KEYS = ("labels", "targets", "target", "y")
 """Keys of a mapping that hold targets; they are not passed to the model."""
 
+MASK_KEY = "attention_mask"
+"""Key of a mapping under which 0 marks padded positions; it is passed to the model."""
+
+IGNORED_LABEL = -100
+"""Label of positions that a model's own loss leaves out, where the library of models says so."""
+
 Forward = Callable[[nn.Module, Any], Any]
 """`forward(model, inputs) -> outputs`."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs as the model takes them, and targets if there are any."""
+    """Inputs as the model takes them, and targets if there are any.
+
+    Attributes:
+        inputs: what the model is called with.
+        targets: one for every position of the outputs.
+        observed: which positions count where there are no targets, boolean `(N, T)`.
+        as_labels: whether the targets are as the model's own loss takes them, which need not be
+            where the outputs that predict them are: see `aligned`.
+    """
 
     inputs: Any
     targets: Tensor | None
+    observed: Tensor | None = None
+    as_labels: bool = False
 
     @classmethod
     def of(cls, batch: Any) -> Batch:
@@ -41,13 +60,7 @@ class Batch:
         if isinstance(batch, Tensor):
             return cls(batch, None)
         if isinstance(batch, Mapping):
-            targets = [key for key in TARGET_KEYS if key in batch]
-            if len(targets) > 1:
-                raise ValueError(
-                    f"The batch has several target keys {targets}; keep one of {TARGET_KEYS}."
-                )
-            inputs = {key: value for key, value in batch.items() if key not in targets}
-            return cls(inputs, batch[targets[0]] if targets else None)
+            return cls._of_mapping(batch)
         if isinstance(batch, (tuple, list)):
             if len(batch) == 1:
                 return cls(batch[0], None)
@@ -61,6 +74,42 @@ class Batch:
             f"A batch is a tensor, a pair (inputs, targets) or a mapping; "
             f"got {type(batch).__name__}."
         )
+
+    @classmethod
+    def _of_mapping(cls, batch: Mapping[str, Any]) -> Batch:
+        keys = [key for key in TARGET_KEYS if key in batch]
+        if len(keys) > 1:
+            raise ValueError(
+                f"The batch has several target keys {keys}; keep one of {TARGET_KEYS}."
+            )
+        inputs = {key: value for key, value in batch.items() if key not in keys}
+        targets = batch[keys[0]] if keys else None
+        mask = inputs.get(MASK_KEY)
+        if targets is None and isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+            return cls(inputs, None, observed=mask != 0)
+        return cls(inputs, targets, as_labels=keys == ["labels"])
+
+    def aligned(self, model: nn.Module) -> Batch:
+        """With every target at the output that predicts it.
+
+        The output of a causal language model at position t predicts the label at t + 1; the last
+        one predicts nothing that is known. Decoders are given what their own loss would give them.
+        """
+        if not self.as_labels or self.targets is None:
+            return self
+        inputs, targets = self.inputs, self.targets
+        decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if decoder_inputs is not None and "decoder_input_ids" not in inputs:
+            inputs = {**inputs, "decoder_input_ids": decoder_inputs(labels=targets)}
+        elif _predicts_next(model, inputs, targets):
+            targets = functional.pad(targets[:, 1:], (0, 1), value=IGNORED_LABEL)
+        return Batch(inputs, targets)
+
+    @property
+    def num_rows(self) -> int:
+        """Length of the first input's first axis, which usually counts the samples."""
+        leaves = (leaf for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor))
+        return next((leaf.shape[0] for leaf in leaves if leaf.ndim > 0), 0)
 
     def flatten(self, num_samples: int) -> tuple[list[Any], Callable[[list[Any]], Any], list[bool]]:
         """Flatten the inputs, telling which leaves carry the sample axis.
@@ -76,19 +125,67 @@ class Batch:
         ]
         return leaves, lambda new: tree_unflatten(new, spec), has_rows
 
+    @property
+    def num_samples(self) -> int:
+        """N, read off the tensors before the model has run.
+
+        Raises:
+            UnsupportedError: If they do not tell.
+        """
+        for rows in (self.targets, self.observed):
+            if rows is not None and rows.ndim > 0:
+                return len(rows)
+        leaves = [leaf for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor)]
+        lengths = {leaf.shape[0] for leaf in leaves if leaf.ndim > 0}
+        # A first axis of 1 is broadcast over the samples, where others have more.
+        lengths = lengths - {1} or lengths
+        if len(lengths) != 1:
+            found = f"have first axes of {sorted(lengths)}" if lengths else "hold no tensor"
+            raise UnsupportedError(
+                f"The inputs {found}, so it is not known which axis has the samples. Give targets "
+                f"too, as a pair (inputs, targets) with one row of targets per sample."
+            )
+        return lengths.pop()
+
+    def samples(self, start: int, stop: int) -> Batch:
+        """The part of this batch that belongs to some samples; what all of them share stays whole.
+
+        Raises:
+            UnsupportedError: If it is not known which axis has the samples.
+        """
+        leaves, build, has_rows = self.flatten(self.num_samples)
+        some = slice(start, stop)
+        part = [leaf[some] if rowed else leaf for leaf, rowed in zip(leaves, has_rows, strict=True)]
+        return replace(
+            self,
+            inputs=build(part),
+            targets=None if self.targets is None else self.targets[some],
+            observed=None if self.observed is None else self.observed[some],
+        )
+
 
 class Data:
     """Batches of whatever kind of data came in.
 
     Args:
         data: a tensor, a pair, a mapping (one batch each), or an iterable of those.
+        model: whose labels a mapping holds under "labels"; the convention of its own loss says
+            where they belong (`Batch.aligned`). None leaves them where they are.
+        size: how many samples of a batch may go through the model at once; None for all.
 
     Raises:
         TypeError: If it is none of them.
         ValueError: If it is a list of plain tensors, which could mean two things.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(
+        self,
+        data: Any,
+        model: nn.Module | None = None,
+        size: Callable[[Batch], int] | None = None,
+    ) -> None:
+        self._model = model
+        self._size = size
         if isinstance(data, list) and data and all(isinstance(part, Tensor) for part in data):
             raise ValueError(
                 "A list of tensors is ambiguous: pass a tuple (inputs, targets) for one batch, or "
@@ -106,7 +203,9 @@ class Data:
 
     @property
     def num_batches(self) -> int | None:
-        """Number of batches, None if the iterable does not know."""
+        """Number of batches, None if the iterable does not know or they are cut."""
+        if self._size is not None:
+            return None
         try:
             return len(self._batches) if isinstance(self._batches, Sized) else None
         except TypeError:  # a DataLoader over an IterableDataset has a length that raises
@@ -121,12 +220,31 @@ class Data:
         empty = True
         for batch in self._batches:
             empty = False
-            yield Batch.of(batch)
+            aligned = Batch.of(batch)
+            if self._model is not None:
+                aligned = aligned.aligned(self._model)
+            yield from [aligned] if self._size is None else _cut(aligned, self._size(aligned))
         if empty:
             raise ValueError(
                 "The data hold no batch. An iterator that was used up gives nothing a second time: "
                 "pass the loader itself, not iter(loader)."
             )
+
+    def peek(self) -> tuple[Batch, Data]:
+        """The first batch, and the data with it still to come."""
+        batches = iter(self)
+        first = next(batches)
+        if isinstance(self._batches, Iterator):
+            return first, Data(chain([first], batches))
+        return first, self
+
+    def cut(self, size: Callable[[Batch], int]) -> Data:
+        """The same data in micro-batches.
+
+        Args:
+            size: how many samples of a batch may go through the model at once.
+        """
+        return Data(self._batches, self._model, size)
 
     def require_repeatable(self, what: str) -> None:
         """Refuse one-shot iterators where the data are read more than once.
@@ -139,6 +257,46 @@ class Data:
                 f"{what} reads the data more than once, but {type(self._batches).__name__} can be "
                 f"read only once. Pass a DataLoader or a list of batches."
             )
+
+
+def _cut(batch: Batch, size: int) -> Iterator[Batch]:
+    """Parts of at most `size` samples, as equal as can be; the batch itself if it is no larger."""
+    num_samples = batch.num_samples
+    parts = -(-num_samples // size)
+    if parts <= 1:
+        yield batch
+        return
+    for part in range(parts):
+        yield batch.samples(part * num_samples // parts, (part + 1) * num_samples // parts)
+
+
+_PREDICTS_NEXT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What `_predicts_next` found out by running a model."""
+
+
+def _predicts_next(model: nn.Module, inputs: Any, labels: Tensor) -> bool:
+    """Whether the model's own loss compares the output at t with the label at t + 1.
+
+    Models of the Hugging Face family name their loss. Some causal ones do not; these are asked for
+    the loss of this batch, and it is compared with either reading.
+    """
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is not None:
+        return bool(loss_type == "ForCausalLM")
+    generates: Callable[[], bool] | None = getattr(model, "can_generate", None)
+    if generates is None or not generates() or labels.ndim != 2:
+        return False
+    if model not in _PREDICTS_NEXT:
+        with torch.no_grad():
+            outputs = model(**inputs, labels=labels)
+        logits = outputs.logits.float()
+        here = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        ahead = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        gaps = (outputs.loss - ahead).abs(), (outputs.loss - here).abs()
+        if not bool(torch.isfinite(sum(gaps))):  # every label is ignored: nothing to find out
+            return True
+        _PREDICTS_NEXT[model] = bool(gaps[0] < gaps[1])
+    return _PREDICTS_NEXT[model]
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

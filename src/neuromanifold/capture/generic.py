@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from neuromanifold.capture.data import Batch, Forward, logits_of
 from neuromanifold.capture.graph import Graph
+from neuromanifold.capture.kernels import differentiable_twice, plain_lookups
 from neuromanifold.capture.layout import Plan
 from neuromanifold.errors import CaptureError, NeuromanifoldError, UnsupportedError
 from neuromanifold.linalg import memory
@@ -22,7 +20,6 @@ from neuromanifold.linalg import memory
 __all__ = [
     "buffers_kept",
     "differ",
-    "differentiable_twice",
     "functional_model",
     "per_sample_gradients",
     "require_function",
@@ -53,7 +50,7 @@ def functional_model(
         state = {f"model.{home}": value for name, value in params.items() for home in homes[name]}
         # With its own tying of weights, functional_call would swap the parameters of a module that
         # is registered under two names twice, and leave plain tensors behind in the user's module.
-        with buffers_kept(plan.model), _attributes_kept(plan.model):
+        with buffers_kept(plan.model), _attributes_kept(plan.model), plain_lookups(plan.model):
             returned = functional_call(called, state, (inputs,), tie_weights=False)
         return canonical(logits_of(returned))
 
@@ -100,35 +97,6 @@ def _homes(model: nn.Module) -> dict[str, list[str]]:
         for local, p in module.named_parameters(recurse=False, remove_duplicate=False):
             homes[names[id(p)]].append(f"{path}.{local}".removeprefix("."))
     return homes
-
-
-@contextlib.contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """Kernels that torch.func can transform: attention by plain mathematics, no fused fast path."""
-    _load_forward_mode()
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    mkldnn = torch._C._get_mkldnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # its recurrent layers have no forward mode
-    try:
-        with (
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            warnings.catch_warnings(),
-        ):
-            # A loop where an operator cannot be batched is slower, not wrong.
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch._C._set_mkldnn_enabled(mkldnn)
-
-
-@functools.cache
-def _load_forward_mode() -> None:
-    """Have torch load its forward-mode rules, for which it uses a function it calls deprecated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def per_sample_gradients(

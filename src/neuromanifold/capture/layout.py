@@ -162,11 +162,13 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
     for name in parameters:
         if name not in covered:
             generic.setdefault(name, _owner_reason(model, name))
+    used = [module for site in sites.values() for module, _ in site.ports]
     composites = {
         name: rule
         for name, module in model.named_modules()
         if isinstance(rule := rule_for(module), CompositeRule)
-        and any(place[0] == name for site in sites.values() for place in site.ports)
+        # Also for layers inside, which only the rule calls as modules.
+        and any(f"{module}.".startswith(f"{name}." if name else "") for module in used)
     }
     return Plan(model, parameters, sites, composites, generic, uncovered)
 

@@ -12,11 +12,13 @@ from neuromanifold.layers._base import (
     rule_for,
 )
 from neuromanifold.layers.attention import AttentionRule
-from neuromanifold.layers.conv import ConvRule
+from neuromanifold.layers.conv import ConvRule, ConvTransposeRule
 from neuromanifold.layers.embedding import EmbeddingRule
 from neuromanifold.layers.generic import record_of_parameter
 from neuromanifold.layers.linear import LinearRule
+from neuromanifold.layers.norm import ScaleRule
 from neuromanifold.layers.parts import Factored, Indexed, Part, Side, Whole
+from neuromanifold.layers.recognised import recognised_scale
 from neuromanifold.layers.record import Call, Port, Record
 from neuromanifold.layers.recurrent import CellRule, RecurrentRule
 
@@ -26,6 +28,7 @@ __all__ = [
     "CellRule",
     "CompositeRule",
     "ConvRule",
+    "ConvTransposeRule",
     "ElementwiseRule",
     "EmbeddingRule",
     "Factored",
@@ -38,10 +41,12 @@ __all__ = [
     "Record",
     "RecurrentRule",
     "Reporter",
+    "ScaleRule",
     "Side",
     "Use",
     "WeightRule",
     "Whole",
+    "recognised_scale",
     "record_of_parameter",
     "register",
     "rule_for",

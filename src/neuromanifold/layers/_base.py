@@ -64,7 +64,11 @@ class LayerRule(ABC):
 
     @abstractmethod
     def numel(self, block: Block, calls: tuple[Call, ...]) -> int:
-        """Numbers per sample, over all sweeps, in the largest tensor that `part` and sums need."""
+        """Numbers per sample, over all sweeps, in the largest tensor that `part` makes."""
+
+    @abstractmethod
+    def sums_gradients(self, block: Block, calls: tuple[Call, ...]) -> bool:
+        """Whether the gradients of each sample are formed to square them."""
 
     def pieces(self, module: nn.Module, name: str, trainable: frozenset[str]) -> list[Piece]:
         """One block, used where the module is called."""
@@ -109,14 +113,19 @@ class WeightRule(LayerRule):
         )
 
     def numel(self, block: Block, calls: tuple[Call, ...]) -> int:
-        """Of inputs, cotangents, and of per-sample gradients where a sample has several uses."""
+        """Of inputs and cotangents."""
         groups = calls[0].port.groups_of(block)
-        units = block.fan_out * (groups.stop - groups.start)
-        sweeps = len(calls[0].g)
-        numel = sum(call.numel for call in calls)
-        positions = max(numel // (sweeps * units), 1)
-        gradients = units * block.fan_in * sweeps if positions > 1 else 0
-        return max(positions * units // block.fan_out * block.fan_in, numel, gradients)
+        inputs = self._positions(block, calls) * (groups.stop - groups.start) * block.fan_in
+        return max(inputs, sum(call.numel for call in calls))
+
+    def sums_gradients(self, block: Block, calls: tuple[Call, ...]) -> bool:
+        """Where a sample has several uses."""
+        return self._positions(block, calls) > 1
+
+    def _positions(self, block: Block, calls: tuple[Call, ...]) -> int:
+        groups = calls[0].port.groups_of(block)
+        cotangents = len(calls[0].g) * (groups.stop - groups.start) * block.fan_out
+        return max(sum(call.numel for call in calls) // cotangents, 1)
 
 
 class ElementwiseRule(LayerRule):
@@ -153,6 +162,10 @@ class ElementwiseRule(LayerRule):
         """Of cotangents and of per-sample gradients."""
         sweeps = len(calls[0].g)
         return max(*(call.numel for call in calls), block.num_parameters * sweeps)
+
+    def sums_gradients(self, block: Block, calls: tuple[Call, ...]) -> bool:
+        """They are there."""
+        return True
 
 
 class CompositeRule(ABC):
@@ -252,10 +265,11 @@ def rule_for(module: nn.Module) -> LayerRule | CompositeRule | None:
         rule = _RULES.get(module_type) or _RULES_BY_NAME.get(
             f"{module_type.__module__}.{module_type.__qualname__}"
         )
-        if rule is not None and type(module).forward is module_type.forward:
+        if rule is None:
+            continue
+        if type(module).forward is getattr(module_type, "forward", None):
             return rule
-        if rule is not None:
-            break
+        break
     found = (recogniser(module) for recogniser in _RECOGNISERS)
     return next((rule for rule in found if rule is not None), None)
 

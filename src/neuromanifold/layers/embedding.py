@@ -46,8 +46,12 @@ class EmbeddingRule(LayerRule):
         return Indexed(indices, g, block.fan_out)
 
     def numel(self, block: Block, calls: tuple[Call, ...]) -> int:
-        """Of cotangents: gradients are summed row by row of those that were looked up."""
+        """Of cotangents."""
         return sum(call.numel for call in calls)
+
+    def sums_gradients(self, block: Block, calls: tuple[Call, ...]) -> bool:
+        """Only those of rows that were looked up."""
+        return False
 
 
 def _without_padding(module: nn.Module, indices: Tensor) -> Tensor:

@@ -26,12 +26,14 @@ class LinearRule(WeightRule):
 
     def block(self, module: nn.Module, name: str, trainable: frozenset[str]) -> Block:
         """One group; `weight (O, I)` and `bias (O,)`."""
-        fan_out, fan_in = reversed(module.weight.shape) if self._transposed else module.weight.shape
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        fan_out, fan_in = (weight.mT if self._transposed else weight).shape
         block = Block.of_layer(name, 1, fan_out, fan_in, trainable)
         if not self._transposed or "weight" not in trainable:
             return block
-        weight = replace(block.slots[0], view=(1, fan_in, fan_out), order=(0, 2, 1))
-        return replace(block, slots=(weight, *block.slots[1:]))
+        slot = replace(block.slots[0], view=(1, fan_in, fan_out), order=(0, 2, 1))
+        return replace(block, slots=(slot, *block.slots[1:]))
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`(rows, *T, I)` to `(1, rows, T, I)`."""

@@ -127,19 +127,21 @@ class Record:
         )
 
     def split(
-        self, numel: int, *, whole: bool = False, across_sweeps: bool = True
+        self, numel: int, *, whole: bool | None = None, across_sweeps: bool = True
     ) -> Iterator[Record]:
         """Parts of the record with about `numel` numbers each, along samples, then along sweeps.
 
         What is counted is the entries of inputs, of cotangents or of per-sample gradients,
-        whichever are most; per-sample gradients only where they are made (`whole`, or where the
-        rule needs them).
+        whichever are most; gradients if they are needed `whole`, and by default where squaring them
+        needs them so.
         """
-        largest = max(
-            (port.rule.numel(self.block, calls) for port, calls in self._by_port if calls),
-            default=1,
-        )
-        if whole or len(self.ports) > 1:
+        used = [(port, calls) for port, calls in self._by_port if calls]
+        if whole is None:
+            whole = len(self.ports) > 1 or any(
+                port.rule.sums_gradients(self.block, calls) for port, calls in used
+            )
+        largest = max((port.rule.numel(self.block, calls) for port, calls in used), default=1)
+        if whole:
             largest = max(largest, self.block.num_parameters * self.num_sweeps)
         step = max(numel // largest, 1)
         together = self.num_sweeps
@@ -164,13 +166,14 @@ class Record:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """What each place of use contributes; the gradient is their sum."""
-        zeros = torch.zeros(self.num_sweeps, self.num_samples, dtype=self.dtype, device=self.device)
-        return tuple(
-            port.rule.part(self.block, calls, self.num_samples, self.dtype)
-            if calls
-            else port.rule.absent(self.block, port.groups_of(self.block), zeros)
-            for port, calls in self._by_port
-        )
+        return tuple(self._part(port, calls) for port, calls in self._by_port)
+
+    def _part(self, port: Port, calls: tuple[Call, ...]) -> Part:
+        if calls:
+            return port.rule.part(self.block, calls, self.num_samples, self.dtype)
+        shape = (self.num_sweeps, self.num_samples)
+        zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return port.rule.absent(self.block, port.groups_of(self.block), zeros)
 
     @property
     def single(self) -> Part | None:

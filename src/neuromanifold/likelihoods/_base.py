@@ -174,6 +174,29 @@ class Likelihood(ABC):
         """Which positions count, boolean `(N, *T)`; None if all do."""
         return None
 
+    def observing(self, outputs: Outputs, observed: Tensor) -> Tensor | None:
+        """Targets that only say which positions count, for data without any.
+
+        Args:
+            outputs: the network's outputs.
+            observed: boolean `(N, T)`, False at padded positions.
+
+        Returns:
+            Stand-ins with an ignored target where `observed` is False; None if the outputs have no
+            positions.
+
+        Raises:
+            UnsupportedError: If they have, but which of them count cannot be said.
+        """
+        shape = self.canonical(outputs).shape
+        if shape[:2] != observed.shape:
+            return None
+        raise UnsupportedError(
+            f"The attention mask marks padded positions, but {self!r} has no target to ignore. Cut "
+            f"these outputs off the graph: forward=... that returns torch.where(mask, outputs, "
+            f"outputs.detach()). Where every output counts, pass a pair (inputs, None)."
+        )
+
     def mask_cotangent(self, u: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Zero `u`, which may have extra leading axes, at the positions that do not count."""
         return u

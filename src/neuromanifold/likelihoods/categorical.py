@@ -162,6 +162,19 @@ class Categorical(Likelihood):
         """Which positions have a label, boolean `(N, *T)`; None without targets."""
         return None if targets is None else targets != self.ignore_index
 
+    def observing(self, outputs: Outputs, observed: Tensor) -> Tensor | None:
+        """Class 0 at the positions that count, and the ignored one elsewhere."""
+        positions = self._classes_last(self.canonical(outputs)).shape[:-1]
+        if len(positions) == 1:
+            return None
+        if positions != observed.shape:
+            raise UnsupportedError(
+                f"The attention mask has shape {tuple(observed.shape)}, but the logits have "
+                f"positions {tuple(positions)}, so it is not known which of them are padded. Give "
+                f"targets with {self.ignore_index} at the padded positions."
+            )
+        return torch.where(observed, 0, self.ignore_index)
+
     def mask_cotangent(self, u: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Zero `u`, like the logits or with extra leading axes, at the positions to ignore."""
         if targets is None:

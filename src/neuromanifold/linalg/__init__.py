@@ -1,6 +1,6 @@
 """Tensors in, tensors out; nothing here knows a network."""
 
-from neuromanifold.linalg import memory, psd
+from neuromanifold.linalg import lowrank, memory, psd
 from neuromanifold.linalg.tree import Block, Layout, Slot, Vector
 
-__all__ = ["Block", "Layout", "Slot", "Vector", "memory", "psd"]
+__all__ = ["Block", "Layout", "Slot", "Vector", "lowrank", "memory", "psd"]

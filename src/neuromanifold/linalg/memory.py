@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
 
 from neuromanifold.errors import TooLargeError
 
-__all__ = ["available", "readable", "require"]
+__all__ = ["available", "parse", "readable", "require"]
 
 
 _SMALL = 2**24
+_UNITS = {"b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
+}
 
 
 def available(device: torch.device) -> int:
@@ -34,6 +40,33 @@ def readable(num_bytes: float) -> str:
             break
         num_bytes /= 1024
     return f"{num_bytes:.1f} {unit}"
+
+
+def parse(value: int | str) -> int:
+    """Bytes as people write them: a number of bytes, or a number with a unit.
+
+    Args:
+        value: e.g. `2**30`, "512 MiB", "1.5 GB"; KiB is 1024 bytes, kB is 1000.
+
+    Raises:
+        ValueError: If it is no positive number of bytes.
+
+    Example:
+        >>> parse("2 GiB")
+        2147483648
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value, re.IGNORECASE)
+        unit = _UNITS.get((found[2] or "b").lower()) if found else None
+        num_bytes = round(float(found[1]) * unit) if found and unit else 0
+    else:
+        num_bytes = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if num_bytes < 1:
+        raise ValueError(
+            f'A size is a positive whole number of bytes, or a text such as "512 MiB" or '
+            f'"1.5 GB"; got {value!r}.'
+        )
+    return num_bytes
 
 
 def require(num_bytes: int, device: torch.device, *, what: str, instead: str) -> None:

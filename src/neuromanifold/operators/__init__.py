@@ -4,12 +4,14 @@ from neuromanifold.operators._base import FisherOperator, NaiveFallbackWarning, 
 from neuromanifold.operators.algebra import Restriction, Sum
 from neuromanifold.operators.blocks import BlockMatrix, BlockOperator, Matrices
 from neuromanifold.operators.coverage import Coverage, CoverageEntry
+from neuromanifold.operators.direct_sum import DirectSum
 
 __all__ = [
     "BlockMatrix",
     "BlockOperator",
     "Coverage",
     "CoverageEntry",
+    "DirectSum",
     "FisherOperator",
     "Matrices",
     "NaiveFallbackWarning",

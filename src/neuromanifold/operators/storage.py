@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from neuromanifold._files import atomic_path
 from neuromanifold.errors import StorageError
@@ -19,7 +20,7 @@ from neuromanifold.linalg import Layout
 from neuromanifold.operators._base import FisherOperator, Origin
 from neuromanifold.operators.coverage import Coverage
 
-__all__ = ["load", "save", "storable"]
+__all__ = ["load", "restore", "save", "storable"]
 
 VERSION = 1
 # One key only: with several, safetensors writes them in an order that varies between runs.
@@ -91,14 +92,23 @@ def _read(path: str | os.PathLike[str], device: str | torch.device) -> FisherOpe
         manifest = _manifest(file.metadata(), path)
         tensors = {name: file.get_tensor(name) for name in manifest["tensors"]}
     layout = Layout({name: tuple(manifest["shapes"][name]) for name in manifest["order"]})
-    manifest["origin"]["notes"] = tuple(manifest["origin"]["notes"])
-    return _KINDS[manifest["kind"]]._restore(
-        layout,
-        Coverage.from_list(manifest["coverage"]),
-        Origin(**manifest["origin"]),
-        manifest["state"],
-        tensors,
+    coverage = Coverage.from_list(manifest["coverage"])
+    return restore(
+        manifest["kind"], layout, coverage, manifest["origin"], manifest["state"], tensors
     )
+
+
+def restore(
+    kind: str,
+    layout: Layout,
+    coverage: Coverage,
+    origin: dict[str, Any],
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> FisherOperator:
+    """An operator of a registered kind, out of what a manifest says of it."""
+    known = Origin(**origin | {"notes": tuple(origin["notes"])})
+    return _KINDS[kind]._restore(layout, coverage, known, state, tensors)
 
 
 def _manifest(metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:

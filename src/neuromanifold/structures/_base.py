@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from itertools import islice
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from neuromanifold.capture import Batch, Data, Forward, Plan, Tape, check_devices
-from neuromanifold.errors import NonFiniteError, UnsupportedError
+from neuromanifold.errors import NonFiniteError, TooLargeError, UnsupportedError
 from neuromanifold.estimators import Estimator
 from neuromanifold.layers import Record
 from neuromanifold.likelihoods import Likelihood
@@ -53,6 +54,8 @@ class Source:
         generator: randomness of the estimator.
         reducer: sums over processes, None for one process.
         progress: told after each batch.
+        most_sweeps: how many of the estimator's cotangents are sent back in each batch; None: all.
+        sweep_bytes: what the cotangents of sweeps that travel together may keep alive.
         num_samples: N so far; over all processes after `reduce`.
         num_positions: observed positions, likewise.
     """
@@ -66,6 +69,8 @@ class Source:
     generator: torch.Generator | None = None
     reducer: Reducer | None = None
     progress: Progress | None = None
+    most_sweeps: int | None = None
+    sweep_bytes: int = SWEEP_BYTES
     num_samples: int = 0
     num_positions: int = 0
 
@@ -78,18 +83,30 @@ class Source:
                 cotangents = self.estimator.cotangents(
                     self.likelihood, outputs, targets, generator=self.generator
                 )
-                together = max(SWEEP_BYTES // (4 * tape.sweep_numel + 1), 1)
+                cotangents = islice(cotangents, self.most_sweeps)
+                together = self.sweeps_together(tape.sweep_numel)
                 while chunk := list(islice(cotangents, together)):
                     yield tape.records(torch.stack(chunk))
                 if self.progress is not None:
                     self.progress(done, self.data.num_batches)
 
+    def sweeps_together(self, numel: int) -> int:
+        """How many sweeps travel together, if each keeps this many numbers alive."""
+        return max(self.sweep_bytes // (4 * numel + 1), 1)
+
     def outputs(self, tape: Tape, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Run one batch, check it, and count its samples; outputs are detached."""
         check_devices(batch, self.device)
         outputs = tape.run(batch).detach()
-        self.count(outputs, batch.targets)
-        return outputs, batch.targets
+        targets = self.targets(outputs, batch)
+        self.count(outputs, targets)
+        return outputs, targets
+
+    def targets(self, outputs: Tensor, batch: Batch) -> Tensor | None:
+        """A batch's targets; stand-ins that say which positions count, if it knows only that."""
+        if batch.observed is None or self.estimator.needs_targets:
+            return batch.targets
+        return self.likelihood.observing(outputs, batch.observed)
 
     def count(self, outputs: Tensor, targets: Tensor | None) -> None:
         """Check a batch's outputs and targets, and add its samples to the count."""
@@ -164,7 +181,7 @@ class Source:
             for name in block.parameters:
                 site = self.plan.sites.get(block.name)
                 reason = self.plan.generic.get(name, "")
-                rule = site.rule.name if site is not None else "generic"
+                rule = site.rule if site is not None else "generic"
                 entries[name] = CoverageEntry(
                     name, block.name, rule, structure, exact, reason or note
                 )
@@ -198,8 +215,59 @@ class Structure(ABC):
     def build(self, source: Source) -> FisherOperator:
         """Measure."""
 
+    def constant_numel(self, plan: Plan) -> int:
+        """How many numbers are kept of any data; what grows with the data is not counted."""
+        return 0
+
+    def require_fits(self, source: Source, free: int | None = None) -> None:
+        """Refuse, before anything is allocated, what no data could make fit.
+
+        Args:
+            source: the measurement.
+            free: bytes that may be used; what the device has by default.
+
+        Raises:
+            TooLargeError: With the bytes needed, and those of smaller structures.
+        """
+        needed = self.constant_numel(source.plan) * source.dtype.itemsize
+        what = f"{self!r} of {source.plan.layout.num_parameters} parameters"
+        instead = self.smaller(source, needed)
+        if free is None:
+            memory.require(needed, source.device, what=what, instead=instead)
+        elif needed > free:
+            raise TooLargeError(
+                f"{what} needs {memory.readable(needed)}, more than the {memory.readable(free)} "
+                f"that it may use. {instead}",
+                bytes_needed=needed,
+                bytes_available=free,
+            )
+
+    def smaller(self, source: Source, needed: int) -> str:
+        """Advice for who cannot have some bytes: which structures need less, and how much."""
+        # Imported here: they are built on this module.
+        from neuromanifold.structures import BlockDiagonal, Diagonal, Kronecker, UnitWise
+
+        smaller = [
+            f"nm.{type(structure).__name__}() would need {memory.readable(size)}"
+            for structure in (BlockDiagonal(), UnitWise(), Kronecker(), Diagonal())
+            if (size := structure.constant_numel(source.plan) * source.dtype.itemsize) < needed
+        ]
+        part = "params=[...] measures a part of the model; nm.forecast(...) says how long it takes."
+        return f"{', '.join(smaller)}. {part}" if smaller else part[0].upper() + part[1:]
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        """As it is written: what is left at its default is left out."""
+        options: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        given = [
+            f"{option.name}={value!r}"
+            for option in options
+            if (value := getattr(self, option.name)) != _default(option)
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+def _default(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 class AdditiveStructure(Structure):
@@ -225,13 +293,17 @@ class AdditiveStructure(Structure):
         """Coverage of a block: name of the structure, whether it is exact, a note."""
         return type(self).__name__, True, ""
 
+    def split(self, record: Record) -> Iterator[Record]:
+        """Parts of a record that are reduced one after the other."""
+        return record.split(RECORD_NUMEL, whole=self.whole_gradients)
+
     def build(self, source: Source) -> BlockOperator:
         """Stream over the data and assemble one matrix per block."""
-        self._require_fits(source)
+        self.require_fits(source)
         sums: dict[str, Statistics] = {}
         for records in source.sweeps():
             for record in records:
-                for part in record.split(RECORD_NUMEL, whole=self.whole_gradients):
+                for part in self.split(record):
                     _accumulate(sums.setdefault(record.block.name, {}), self.statistics(part))
         source.reduce([tensor for block in sums.values() for tensor in block.values()])
         require_finite(sums)
@@ -242,24 +314,12 @@ class AdditiveStructure(Structure):
         coverage = source.coverage(self.represent)
         return BlockOperator(source.plan.layout, matrices, coverage, source.origin(self))
 
-    def _require_fits(self, source: Source) -> None:
-        sizes = {block.name: self.numel(block) for block in source.plan.blocks}
-        widest = max(sizes, key=lambda name: sizes[name])
-        memory.require(
-            sum(sizes.values()) * source.dtype.itemsize,
-            source.device,
-            what=f"{self!r} of {source.plan.layout.num_parameters} parameters "
-            f"(most of it for {widest!r})",
-            instead=self.instead,
-        )
+    def constant_numel(self, plan: Plan) -> int:
+        """The sum over blocks."""
+        return sum(self.numel(block) for block in plan.blocks)
 
-    whole_gradients = False
-    """Whether the statistics need per-sample gradients even where a layer is used once."""
-
-    instead = (
-        "nm.Kronecker() keeps two small factors per layer, nm.Diagonal() one number per "
-        "parameter; params=[...] measures a part of the model."
-    )
+    whole_gradients: ClassVar[bool | None] = None
+    """Whether the statistics need per-sample gradients; None: where squaring them does."""
 
 
 def _accumulate(total: Statistics, part: Statistics) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from neuromanifold.capture import Plan
 from neuromanifold.layers import Record
 from neuromanifold.linalg import Block, memory
 from neuromanifold.operators import BlockOperator, Matrices
@@ -29,17 +30,15 @@ class Dense(Structure):
         torch.Size([8, 8])
     """
 
+    def constant_numel(self, plan: Plan) -> int:
+        """The square of all parameters."""
+        return plan.layout.num_parameters**2
+
     def build(self, source: Source) -> BlockOperator:
         """Sum the outer products of whole per-sample gradients."""
         layout = source.plan.layout
         p = layout.num_parameters
-        memory.require(
-            p * p * source.dtype.itemsize,
-            source.device,
-            what=f"Dense() of {p} parameters",
-            instead="nm.Gram() has the same eigenvalues, products and solves without the matrix; "
-            "nm.Kronecker() and nm.BlockDiagonal() keep one matrix per layer.",
-        )
+        self.require_fits(source)
         total = torch.zeros(p, p, dtype=source.dtype, device=source.device)
         for records in source.sweeps():
             rows = None

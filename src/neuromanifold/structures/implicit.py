@@ -107,7 +107,11 @@ class ImplicitOperator(FisherOperator):
                 except NotImplementedError:  # an operator without forward mode
                     pushed = _push_by_transposing(pull, outputs, tangents)
                 product = source.estimator.output_product(
-                    source.likelihood, outputs, batch.targets, pushed, generator=generator
+                    source.likelihood,
+                    outputs,
+                    source.targets(outputs, batch),
+                    pushed,
+                    generator=generator,
                 )
                 pulled = vmap(pull)(product.to(outputs.dtype))[0]
             for name, s in self.layout.slices.items():
@@ -130,5 +134,11 @@ def _push_by_transposing(
     pull: Callable[[Tensor], tuple[Params]], outputs: Tensor, tangents: dict[str, Tensor]
 ) -> Tensor:
     """`J v` as the transpose of `u ↦ Jᵀ u`, by reverse mode alone."""
-    transposed = vjp(pull, torch.zeros_like(outputs))[1]
-    return vmap(lambda tangent: transposed((tangent,))[0])(tangents)
+    try:
+        transposed = vjp(pull, torch.zeros_like(outputs))[1]
+        return vmap(lambda tangent: transposed((tangent,))[0])(tangents)
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            f"The model uses an operator that can be differentiated only once ({error}), and "
+            f"products of Implicit() need it twice. nm.Gram() has the same products from one pass."
+        ) from error

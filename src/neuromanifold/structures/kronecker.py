@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Kronecker(AdditiveStructure):
         >>> F.solve(torch.ones(8), damping=1e-3).shape
         torch.Size([8])
     """
+
+    whole_gradients: ClassVar[bool | None] = False
 
     weight_sharing: Literal["expand", "reduce"] = "expand"
     inputs: Full = field(default_factory=Full)

@@ -11,17 +11,21 @@ of a layer in one sample, G groups, O fan-out, I fan-in (bias last).
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import re
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import singledispatch
 from itertools import chain, product
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Poisson
 from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neuromanifold._typing import Outputs, Params
 from neuromanifold.errors import UnsupportedError
@@ -43,9 +47,16 @@ Normalization: TypeAlias = Literal["sample", "position"]
 Structure: TypeAlias = Literal["Dense", "BlockDiagonal", "UnitWise", "Diagonal"]
 WeightSharing: TypeAlias = Literal["expand", "reduce"]
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LAYERS = (nn.Linear, *CONVOLUTIONS)
-"""Modules with a weight of output units (axis 0) by fan-in, and one bias per unit."""
+Unit: TypeAlias = Callable[[nn.Module, tuple[int, ...]], Hashable]
+"""Which unit of a module an entry of a parameter belongs to, by the index of the entry."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+)
 
 
 def jacobian(model: nn.Module, x: Inputs) -> Tensor:
@@ -62,7 +73,7 @@ def jacobian(model: nn.Module, x: Inputs) -> Tensor:
         >>> jacobian(nn.Linear(3, 2), torch.ones(5, 3)).shape
         torch.Size([5, 2, 8])
     """
-    columns = jacrev(lambda params: _rows(_evaluate(model, x, params)))(_trainable(model))
+    columns = _jacobian(lambda params: _rows(_evaluate(model, x, params)), _trainable(model))
     return torch.cat([column.reshape(*column.shape[:2], -1) for column in columns.values()], dim=2)
 
 
@@ -203,23 +214,36 @@ def dense_empirical(
     if targets is None:
         raise ValueError("The empirical Fisher needs labels: pass data=(x, y).")
     y = targets.double() if targets.is_floating_point() else targets
-    columns = jacrev(lambda params: likelihood.log_prob(_evaluate(model, x, params), y))(
-        _trainable(model)
+    columns = _jacobian(
+        lambda params: likelihood.log_prob(_evaluate(model, x, params), y), _trainable(model)
     )
     g = torch.cat([_rows(column) for column in columns.values()], dim=1)  # (N, P)
     return g.T @ g / _count(likelihood, _evaluate(model, x), y, per)
 
 
-def project(fisher: Tensor, model: nn.Module, structure: Structure) -> Tensor:
+def project(
+    fisher: Tensor, model: nn.Module, structure: Structure, *, apart: Collection[str] = ()
+) -> Tensor:
     """The dense matrix with the entries removed that a structure does not keep.
+
+    What a unit and a block are, is said by one table of module types:
+
+    * Linear and convolutions, transposed or not: one block, a unit per output feature or channel
+      with its bias. Norm layers: one block, a unit per channel.
+    * Embedding: one block, a unit per token.
+    * MultiheadAttention: a block for each projection that is a parameter of its own, with its
+      bias, units are rows. Recurrent layers and cells: a block for input weights, hidden weights
+      and projection of each layer and direction, units are rows.
+    * A parameter that several modules own is a block of its own, with the units it has there.
+    * Every other parameter is a block of its own, each of its entries a unit.
 
     Args:
         fisher: `(P, P)`, parameters in the order of `named_parameters`.
         model: its parameters.
-        structure: `Dense` keeps all; `BlockDiagonal` a block per layer and one per parameter
-            that belongs to no layer; `UnitWise` a block per output unit of a layer and single
-            entries of the rest; `Diagonal` single entries. A layer is a Linear or a convolution
-            with the parameters that it shares with no other module.
+        structure: `Dense` keeps all, `BlockDiagonal` the blocks, `UnitWise` the units of each
+            block, `Diagonal` single entries.
+        apart: parameters that the model also uses outside of their modules, so that each of them
+            is a block of its own, and each of its entries a unit.
 
     Returns:
         `(P, P)`.
@@ -231,26 +255,21 @@ def project(fisher: Tensor, model: nn.Module, structure: Structure) -> Tensor:
                 [1., 0., 1., 0.],
                 [0., 1., 0., 1.]])
     """
-    layer_of = {name: layer for layer, names in _layers(model).items() for name in names}
-    keys: list[Hashable] = []
-    for name, parameter in _trainable(model).items():
-        for index in product(*map(range, parameter.shape)):
-            match structure:
-                case "Dense":
-                    keys.append(None)
-                case "BlockDiagonal":
-                    keys.append(layer_of.get(name, ("parameter", name)))
-                case "UnitWise" if name in layer_of:
-                    keys.append((layer_of[name], index[0]))
-                case "UnitWise" | "Diagonal":
-                    keys.append((name, index))
-                case _:
-                    raise ValueError(
-                        f"structure is Dense, BlockDiagonal, UnitWise or Diagonal; "
-                        f"got {structure!r}."
-                    )
-    keep = torch.tensor([[a == b for b in keys] for a in keys], device=fisher.device)
-    return fisher * keep
+    labels: list[Hashable]
+    match structure:
+        case "Dense":
+            labels = [0] * len(fisher)
+        case "BlockDiagonal":
+            labels = [entry.block for entry in _entries(model, apart)]
+        case "UnitWise":
+            labels = [(entry.block, entry.unit) for entry in _entries(model, apart)]
+        case "Diagonal":
+            labels = list(range(len(fisher)))
+        case _:
+            raise ValueError(
+                f"structure is Dense, BlockDiagonal, UnitWise or Diagonal; got {structure!r}."
+            )
+    return fisher * _same(labels).to(fisher.device)
 
 
 def kronecker(
@@ -276,8 +295,10 @@ def kronecker(
         weight_sharing: how the uses of a layer are combined.
 
     Returns:
-        `(P, P)` float64: a block per layer (as in `project`) that is called and whose weight is
-        trainable, the exact diagonal for the rest.
+        `(P, P)` float64. Layers with a weight `(unit, input)` that is trainable and theirs alone
+        (Linear, convolutions) get a block if they are called. A layer whose groups have one unit
+        (norms, depthwise convolutions, a single output) has nothing to approximate: its units are
+        exact. The rest is the exact diagonal.
 
     Example:
         >>> from neuromanifold.likelihoods import Gaussian
@@ -290,22 +311,23 @@ def kronecker(
         raise ValueError(f"weight_sharing is 'expand' or 'reduce'; got {weight_sharing!r}.")
     x, targets = _pair(data)
     sigma = output_fisher(likelihood, _evaluate(model, x), targets)
-    fisher = dense_fisher(model, likelihood, data).diagonal().diag()
-    for layer, names in _layers(model).items():
-        has_weight = f"{layer}.weight".removeprefix(".") in names
-        if not has_weight or not _is_called(model, layer, x):
-            continue
-        where = _weight_matrix(model, layer, names)
-        a, b = _factors(model, layer, names, x, sigma, weight_sharing)
-        for rows, a_group, b_group in zip(where.flatten(1), a, b, strict=True):
-            fisher[rows[:, None], rows] = torch.kron(b_group, a_group)
+    exact = dense_fisher(model, likelihood, data)
+    fisher = exact.diagonal().diag()
+    for layer, where in _weight_matrices(model).items():
+        if where.shape[1] == 1:
+            for unit in where.flatten(0, 1):
+                fisher[unit[:, None], unit] = exact[unit[:, None], unit]
+        elif _is_called(model, layer, x):
+            a, b = _factors(model, layer, where, x, sigma, weight_sharing)
+            for rows, a_group, b_group in zip(where.flatten(1), a, b, strict=True):
+                fisher[rows[:, None], rows] = torch.kron(b_group, a_group)
     return fisher
 
 
 def _factors(
     model: nn.Module,
     layer: str,
-    names: list[str],
+    where: Tensor,
     x: Inputs,
     sigma: Tensor,
     weight_sharing: WeightSharing,
@@ -313,7 +335,7 @@ def _factors(
     """Input factors A `(G, I, I)` and output factors B `(G, O, O)` of one layer."""
     inputs, outputs = [], []
     for n, sigma_n in enumerate(sigma):
-        a, j = _uses(model, layer, names, _sample(x, n))  # (T, G, I), (E, T, G, O)
+        a, j = _uses(model, layer, where, _sample(x, n))  # (T, G, I), (E, T, G, O)
         if weight_sharing == "reduce":
             a, j = a.mean(dim=0, keepdim=True), j.sum(dim=1, keepdim=True)
         inputs.append(torch.einsum("tgi,tgk->gik", a, a) / len(a))
@@ -321,12 +343,13 @@ def _factors(
     return torch.stack(inputs).mean(dim=0), torch.stack(outputs).mean(dim=0)
 
 
-def _uses(model: nn.Module, layer: str, names: list[str], x: Inputs) -> tuple[Tensor, Tensor]:
+def _uses(model: nn.Module, layer: str, where: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
     """Inputs ã `(T, G, I)` and derivatives of the outputs `(E, T, G, O)`; x is a single sample.
 
     Every position of every call of the layer is one use.
     """
     module = model.get_submodule(layer)
+    own = {e.parameter.rpartition(".")[2] for e in _entries(model) if e.block == layer}
     arguments: list[Inputs] = []
     zeros: list[Tensor] = []
 
@@ -342,21 +365,21 @@ def _uses(model: nn.Module, layer: str, names: list[str], x: Inputs) -> tuple[Te
         with _hooked(module, lambda _module, _args, _kwargs, output: output + next(remaining)):
             return _evaluate(model, x).flatten()
 
-    derivatives = jacrev(perturbed)(zeros)
-    local = {name.rpartition(".")[2] for name in names}
-    a = torch.cat([_inputs(module, local, x) for x in arguments])
+    derivatives = _jacobian(perturbed, zeros)
+    a = torch.cat([_inputs(module, own, where, x) for x in arguments])
     j = torch.cat([torch.stack([_units(module, d) for d in call]) for call in derivatives], dim=1)
-    return a, j.reshape(*j.shape[:2], _groups(module), -1)
+    return a, j.reshape(*j.shape[:2], len(where), -1)
 
 
-def _inputs(module: nn.Module, names: set[str], x: Inputs) -> Tensor:
+def _inputs(module: nn.Module, names: set[str], where: Tensor, x: Inputs) -> Tensor:
     """Inputs ã `(T, G, I)` of one call: what multiplies a unit's own weights and bias."""
     own = {name: value for name, value in _trainable(module).items() if name in names}
-    blocks = jacrev(lambda params: _units(module, _evaluate(module, x, params)))(own)
-    # (T, O_all, O_all, I): derivative of the unit on the second axis by the weights of the third.
-    parts = [block.reshape(*block.shape[:3], -1) for block in blocks.values()]
-    inputs = torch.cat(parts, dim=3).diagonal(dim1=1, dim2=2).movedim(-1, 1)
-    by_group = inputs.reshape(len(inputs), _groups(module), -1, inputs.shape[2])  # (T, G, O, I)
+    blocks = _jacobian(lambda params: _units(module, _evaluate(module, x, params)), own)
+    # (T, O_all, p): derivative of a unit by every parameter of the layer. Of those, its own.
+    derivatives = torch.cat([block.flatten(2) for block in blocks.values()], dim=2)
+    local = where.unique(return_inverse=True)[1].flatten(0, 1)  # (O_all, I)
+    inputs = derivatives[:, torch.arange(len(local))[:, None], local]
+    by_group = inputs.unflatten(1, where.shape[:2])  # (T, G, O, I)
     first = by_group[:, :, 0]
     torch.testing.assert_close(by_group, first[:, :, None].expand_as(by_group))
     return first
@@ -368,33 +391,116 @@ def _units(module: nn.Module, output: Tensor) -> Tensor:
     return output.movedim(unit_axis, -1).flatten(0, -2)
 
 
-def _groups(module: nn.Module) -> int:
-    return module.groups if isinstance(module, CONVOLUTIONS) else 1
+def _weight_matrices(model: nn.Module) -> dict[str, Tensor]:
+    """Layers with a weight `(unit, input)`: where their parameters lie, as `(G, O, I)`.
+
+    Only weights that are trainable and of this layer alone count.
+    """
+    units: dict[str, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
+    parameters: dict[str, set[str]] = defaultdict(set)
+    for i, entry in enumerate(_entries(model)):
+        units[entry.block][entry.unit].append(i)
+        parameters[entry.block].add(entry.parameter)
+    found = {}
+    for layer, module in model.named_modules():
+        num_units = len(units[layer])
+        groups = _groups(module, num_units)
+        if groups and f"{layer}.weight".removeprefix(".") in parameters[layer]:
+            matrix = torch.tensor([units[layer][unit] for unit in sorted(units[layer])])
+            found[layer] = matrix.unflatten(0, (groups, -1))
+    return found
 
 
-def _weight_matrix(model: nn.Module, layer: str, names: list[str]) -> Tensor:
-    """Where the parameters of a layer lie in a flat vector, as `(G, O, I)`."""
-    columns, start = [], 0
-    for name, value in _trainable(model).items():
-        where = torch.arange(start, start := start + value.numel())
-        if name in names:
-            columns.append(where.reshape(len(value), -1))
-    matrix = torch.cat(columns, dim=1)
-    return matrix.reshape(_groups(model.get_submodule(layer)), -1, matrix.shape[1])
+def _groups(module: nn.Module, num_units: int) -> int:
+    """How many weight matrices a layer holds; 0 if its weight is no matrix."""
+    if isinstance(module, CONVOLUTIONS):
+        return module.groups
+    if isinstance(module, NORMS):
+        return num_units
+    return int(isinstance(module, (nn.Linear, *_hugging_face_linear())))
 
 
-def _layers(model: nn.Module) -> dict[str, list[str]]:
-    """Linear and convolution modules, with their trainable parameters that are theirs alone."""
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    return {
-        layer: [
-            f"{layer}.{local}".removeprefix(".")
-            for local, p in module.named_parameters(recurse=False)
-            if p.requires_grad and owners[id(p)] == 1
-        ]
-        for layer, module in model.named_modules()
-        if isinstance(module, LAYERS)
-    }
+# ---- what a unit and a block is ---------------------------------------------------------------
+
+
+def _row(_: nn.Module, index: tuple[int, ...]) -> Hashable:
+    return index[0]
+
+
+def _column(_: nn.Module, index: tuple[int, ...]) -> Hashable:
+    return index[-1]
+
+
+def _entry(_: nn.Module, index: tuple[int, ...]) -> Hashable:
+    return index
+
+
+def _output_channel(module: nn.Module, index: tuple[int, ...]) -> Hashable:
+    """A transposed convolution stores `(in, out of the group, ...)`."""
+    assert isinstance(module, TRANSPOSED)
+    group = index[0] // (module.in_channels // module.groups)
+    return group * (module.out_channels // module.groups) + index[1]
+
+
+UNITS: tuple[tuple[tuple[type[nn.Module], ...], str, Unit], ...] = (
+    ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "weight|bias", _row),
+    (TRANSPOSED, "weight", _output_channel),
+    (TRANSPOSED, "bias", _row),
+    (NORMS, "weight|bias", _entry),
+    ((nn.Embedding,), "weight", _row),
+    ((nn.MultiheadAttention,), "(?P<part>in_proj|[qkv]_proj)_(weight|bias)", _row),
+    ((nn.RNNBase, nn.RNNCellBase), "(weight|bias)_(?P<part>.+)", _row),
+)
+"""Types of modules, their parameters that have units, and whose unit an entry is.
+
+Parameters of a module are one block, or one for each `part` of their names.
+"""
+
+
+class _Entry(NamedTuple):
+    """Where an entry of a parameter belongs."""
+
+    parameter: str
+    block: str
+    unit: Hashable
+
+
+def _entries(model: nn.Module, apart: Collection[str] = ()) -> Iterator[_Entry]:
+    """The block of every trainable entry and its unit there, in the order of a flat vector."""
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for local, p in module.named_parameters(recurse=False):
+            owners[id(p)].append((path, module, local))
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        unit_of: Unit = _entry
+        block, owner = name, model
+        for path, module, local in () if name in apart else owners[id(p)]:
+            for types, pattern, rule in (*UNITS, (_hugging_face_linear(), "weight|bias", _column)):
+                if isinstance(module, types) and (match := re.fullmatch(pattern, local)):
+                    unit_of, owner = rule, module
+                    if len(owners[id(p)]) == 1:
+                        part = match.groupdict().get("part")
+                        block = ".".join(filter(None, (path, part)))
+        for index in product(*map(range, p.shape)):
+            yield _Entry(name, block, unit_of(owner, index))
+
+
+def _hugging_face_linear() -> tuple[type[nn.Module], ...]:
+    """Its type, if the package that defines it is in use; the weight is `(in, out)`."""
+    package = sys.modules.get("transformers.pytorch_utils")
+    return () if package is None else (package.Conv1D,)
+
+
+def _same(labels: list[Hashable]) -> Tensor:
+    """Which pairs of labels are equal, `(P, P)` bool."""
+    numbers: dict[Hashable, int] = {}
+    ids = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
+    return ids[:, None] == ids
+
+
+# ---- models as functions ----------------------------------------------------------------------
 
 
 def _is_called(model: nn.Module, layer: str, x: Inputs) -> bool:
@@ -411,6 +517,19 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _jacobian(function: Callable[[Any], Tensor], at: Any) -> Any:
+    """`torch.func.jacrev`, on operators that can be differentiated row by row."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            # A loop where an operator cannot be batched is slower, not wrong.
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            return jacrev(function)(at)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _evaluate(model: nn.Module, x: Inputs, params: Params | None = None) -> Tensor:
@@ -454,7 +573,8 @@ def _double(value: Tensor) -> Tensor:
 
 
 def _single(outputs: Outputs) -> Tensor:
-    """A tuple (mean, variance) counts as one tensor `(N, 2, *K)`."""
+    """A tuple (mean, variance) counts as one tensor `(N, 2, *K)`; of named outputs, the logits."""
+    outputs = getattr(outputs, "logits", outputs)
     return outputs if isinstance(outputs, Tensor) else torch.stack(outputs, dim=1)
 
 
