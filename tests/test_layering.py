@@ -22,7 +22,7 @@ LEVELS = {
         3: "capture estimators",
         4: "structures",
         5: "_fisher variance",
-        6: "relative spectral meanfield optim belief apps testing",
+        6: "_forecast relative spectral meanfield optim belief apps testing",
         7: "report",
         8: "cli",
         9: "__main__",

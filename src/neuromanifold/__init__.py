@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         testing,
     )
     from neuromanifold._fisher import fisher, load
+    from neuromanifold._forecast import Forecast, forecast
     from neuromanifold.estimators import Empirical, Exact, MonteCarlo, RandomSigns
     from neuromanifold.likelihoods import (
         Bernoulli,
@@ -77,6 +78,7 @@ __all__ = [
     "Empirical",
     "Exact",
     "FisherOperator",
+    "Forecast",
     "FromDistribution",
     "Full",
     "Gaussian",
@@ -95,6 +97,7 @@ __all__ = [
     "errors",
     "estimators",
     "fisher",
+    "forecast",
     "from_loss",
     "layers",
     "likelihoods",
@@ -109,6 +112,7 @@ __all__ = [
 # Where each name above lives; the imports for type checkers say the same, and a test compares them.
 _CONTENTS = {
     "_fisher": ("fisher", "load"),
+    "_forecast": ("Forecast", "forecast"),
     "estimators": ("Empirical", "Exact", "MonteCarlo", "RandomSigns"),
     "likelihoods": (
         "Bernoulli",

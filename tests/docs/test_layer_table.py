@@ -93,9 +93,10 @@ in double precision with `nm.Exact()`, one for each row.
 
 * **exact**: the entries that the structure keeps are those of the Fisher matrix. A name behind it
   says which structure holds them, where it is not the column's.
-* **a percentage**: an approximation, with its error in the trace of these parameters on the tested
-  model. It tells the order of magnitude, not what your model will have. Entries that are summed
-  over positions afterwards, as by pooling, are what "expand" loses and "reduce" keeps.
+* **trace, matrix**: an approximation ([how](structures.md)), with its error in the trace of these
+  parameters and, in Frobenius norm, in their matrix: that of each block, of all of them together
+  for LowRank. Measured on the tested model; yours will have others. Entries that are summed over
+  positions afterwards, as by pooling, are what "expand" loses and "reduce" keeps.
 * **refused**: the error that is raised.
 
 """
@@ -134,14 +135,12 @@ def cell(row: Row, structure: str) -> str:
             e.structure for e in entries if e.structure != structure.partition(",")[0]
         )
         return f"exact ({', '.join(kept)})" if kept else "exact"
-    exact = measured(row.case, "Diagonal")
+    exact = measured(row.case, "Dense" if structure == "LowRank" else "BlockDiagonal")
     assert not isinstance(exact, str)
     names = [entry.parameter for entry in entries]
-    mine, right = (
-        sum(float(diagonal[name].sum()) for name in names)
-        for diagonal in (operator.diagonal(), exact.diagonal())
-    )
-    return f"{100 * (mine / right - 1):+.0f} %".replace("-0 %", "+0 %")
+    mine, right = (F.restrict(names).to_dense() for F in (operator, exact))
+    trace = f"{100 * float(mine.trace() / right.trace() - 1):+.0f} %".replace("-0 %", "+0 %")
+    return f"trace {trace}, matrix {100 * float((mine - right).norm() / right.norm()):.0f} %"
 
 
 def page() -> str:

@@ -47,7 +47,7 @@ def test_contract(structure: LowRank, case: Case) -> None:
     check_structure(structure, case)
 
 
-@pytest.mark.parametrize("case", (*CASES, *LAYERS), ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LAYERS], ids=str)
 def test_exact_where_the_rank_suffices(case: Case) -> None:
     model, data = case.model(), case.data()
     oracle = reference.dense_fisher(model, case.likelihood, data)

@@ -90,6 +90,7 @@ POLICIES: dict[str, Structure] = {
     "additive": per_layer({FIRST: nm.UnitWise(), OTHERS: nm.BlockDiagonal(), "*": nm.Diagonal()}),
     "Kronecker": per_layer({FIRST: nm.Kronecker(), "*": nm.UnitWise()}),
     "two passes": per_layer({FIRST: nm.Diagonal(), "*": nm.Gram()}),
+    "low rank": per_layer({FIRST: nm.LowRank(4), "*": nm.EigenKronecker()}),
     "three passes": per_layer({FIRST: nm.Dense(), OTHERS: nm.Implicit(), "*": nm.Diagonal()}),
 }
 
@@ -128,6 +129,13 @@ def test_the_generator_moves_on_as_in_one_pass(choices: str) -> None:
     measure(CHOICES[choices], estimator=nm.MonteCarlo(2), generator=generator)
     measure(nm.Diagonal(), estimator=nm.MonteCarlo(2), generator=reference)
     assert torch.equal(generator.get_state(), reference.get_state())
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_without_sampling_no_random_number_is_drawn(choices: str) -> None:
+    before = torch.get_rng_state()
+    measure(CHOICES[choices], estimator=nm.Exact())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_pattern_makes_one_matrix_of_all_that_it_takes() -> None:

@@ -252,8 +252,11 @@ class Structure(ABC):
             for structure in (BlockDiagonal(), UnitWise(), Kronecker(), Diagonal())
             if (size := structure.constant_numel(source.plan) * source.dtype.itemsize) < needed
         ]
-        part = "params=[...] measures a part of the model; nm.forecast(...) says how long it takes."
-        return f"{', '.join(smaller)}. {part}" if smaller else part[0].upper() + part[1:]
+        sizes = f"{', '.join(smaller)}. " if smaller else ""
+        return (
+            f"{sizes}Give params=[...] for a part of the model, or nm.Gram() or nm.Implicit(), which "
+            f"keep no matrix. nm.forecast(...) tells bytes and seconds beforehand."
+        )
 
     def __repr__(self) -> str:
         """As it is written: what is left at its default is left out."""

@@ -172,22 +172,23 @@ class Costs:
                 slope = (full.peak - half.peak) / (full.together - half.together)
                 more = max(slope, 0) * (together - full.together) * samples / full.samples
         peak = round(self._extrapolate("peak", samples, self.constant) + more)
+        kept = self.kept(samples)
         if self.sweeps_alone is None or samples <= self.tried:
-            return peak
-        beside = self.kept(samples) if self.batches > 1 else 0
-        return max(peak, self.sweeps_alone.peak(samples) + beside)
+            return max(peak, kept)
+        beside = kept if self.batches > 1 else 0
+        return max(peak, kept, self.sweeps_alone.peak(samples) + beside)
 
     def kept(self, samples: int) -> int:
         """Bytes of the result."""
-        return round(self._extrapolate("kept", samples, self.constant))
+        return round(self._with_all_sweeps("kept", samples, self.constant))
 
     def seconds(self, samples: int, batches: int) -> float:
         """Time for batches of some samples each."""
-        later = self._time("later", samples)
-        return self._time("total", samples) + (batches - self.batches) * later
+        later = self._with_all_sweeps("later", samples)
+        return self._with_all_sweeps("total", samples) + (batches - self.batches) * later
 
-    def _time(self, quantity: str, samples: int) -> float:
-        value = self._extrapolate(quantity, samples, 0)
+    def _with_all_sweeps(self, quantity: str, samples: int, at_zero: float = 0) -> float:
+        value = self._extrapolate(quantity, samples, at_zero)
         if self.fewer is not None:
             full, half = self.trials[-1], self.fewer
             slope = getattr(full, quantity) - getattr(half, quantity)

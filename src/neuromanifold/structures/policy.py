@@ -234,12 +234,13 @@ class _Mixed(Structure):
         Sampled labels are the same in all passes, if the data come in the same order.
         """
         passes = self._passes(source.plan)
-        # The last pass moves the caller's generator on, as a single one would.
-        generators: list[torch.Generator | None] = [source.generator]
+        generators: list[torch.Generator | None] = [source.generator] * len(passes)
         if len(passes) > 1:
             source.require_repeatable(f"The structure {self!r}")
-            fresh = source.frozen_randomness()
-            generators = [*(fresh() for _ in passes[1:]), source.generator or fresh()]
+            if source.estimator.random:
+                fresh = source.frozen_randomness()
+                # The last pass moves the caller's generator on, as a single one would.
+                generators = [*(fresh() for _ in passes[1:]), source.generator or fresh()]
         parts = []
         for done, (structure, names) in enumerate(passes):
             part = replace(
