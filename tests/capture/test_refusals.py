@@ -54,6 +54,17 @@ def test_batch_norm_without_running_statistics() -> None:
         measure(model)
 
 
+class Unknown(nn.Module):
+    """A layer that no rule reads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.weight * x)
+
+
 MIXING = {
     "statistics": lambda h: F.batch_norm(h, None, None, training=True),
     "attention": lambda h: torch.softmax(h @ h.T, -1) @ h,
@@ -73,7 +84,7 @@ def test_samples_that_are_mixed(between) -> None:
 
 @pytest.mark.parametrize("between", MIXING.values(), ids=MIXING)
 def test_samples_that_are_mixed_before_a_parameter_without_a_rule(between) -> None:
-    model = nn.Sequential(Net(between), nn.LayerNorm(3)).requires_grad_(False)
+    model = nn.Sequential(Net(between), Unknown(3)).requires_grad_(False)
     model[1].requires_grad_(True)
     with pytest.raises(CaptureError, match=r"outputs of a sample change when it is run alone"):
         measure(model)
@@ -194,8 +205,8 @@ def test_input_changed_after_its_use() -> None:
 
 
 def test_parameter_without_a_rule_on_request() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
-    message = r"1\.weight \(no rule for LayerNorm\); 1\.bias.*Pass params=.*uncovered=\"generic\""
+    model = nn.Sequential(nn.Linear(4, 6), Unknown(6), nn.Linear(6, 3))
+    message = r"1\.weight \(no rule for Unknown\).*Pass params=.*uncovered=\"generic\""
     with pytest.raises(UncoveredParameterError, match=message):
         nm.fisher(model, nm.Categorical(), X, nm.Diagonal(), uncovered="error")
 

@@ -71,6 +71,18 @@ def used_up(batches: list[Any]) -> Any:
     return iterator
 
 
+class Doubled(nn.Module):
+    """With a layer that no rule reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.twice = net(), nn.Bilinear(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(x)
+        return self.twice(h, h)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -132,9 +144,9 @@ def used_up(batches: list[Any]) -> Any:
         (lambda: measure(per="token"), ValueError, r'"sample" or "position", got \'token\''),
         (lambda: measure(uncovered="skip"), ValueError, r'"generic" or "error", got \'skip\''),
         (
-            lambda: measure(model=nn.Sequential(net(), nn.LayerNorm(3)), uncovered="error"),
+            lambda: measure(model=Doubled(), uncovered="error"),
             UncoveredParameterError,
-            r"1\.weight \(no rule for LayerNorm\).*Pass params=",
+            r"twice\.weight \(no rule for Bilinear\).*Pass params=",
         ),
         (lambda: measure(estimator=nm.Empirical()), ValueError, r"pass \(inputs, targets\)"),
         (lambda: nm.MonteCarlo(0), ValueError, r"at least 1 label per input, got 0"),

@@ -155,7 +155,6 @@ def test_what_is_kept_is_counted() -> None:
         (nm.Kronecker(), 32**2 + 40**2 + 41**2 + 8**2),
         (nm.BlockDiagonal(), (40 * 32) ** 2 + (8 * 41) ** 2),
         (nm.Dense(), (40 * 32 + 8 * 41) ** 2),
-        (nm.Implicit(), 0),
     ):
         told = nm.forecast(model, nm.Categorical(), x, structure)
         # Rows may start at aligned addresses, eight numbers apart.

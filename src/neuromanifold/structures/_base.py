@@ -254,8 +254,8 @@ class Structure(ABC):
         ]
         sizes = f"{', '.join(smaller)}. " if smaller else ""
         return (
-            f"{sizes}Give params=[...] for a part of the model, or nm.Gram() or nm.Implicit(), which "
-            f"keep no matrix. nm.forecast(...) tells bytes and seconds beforehand."
+            f"{sizes}Give params=[...] for a part of the model, or nm.Gram() or nm.Implicit(), "
+            f"which keep no matrix. nm.forecast(...) tells bytes and seconds beforehand."
         )
 
     def __repr__(self) -> str:
