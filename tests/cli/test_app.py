@@ -121,7 +121,7 @@ def test_json_is_all_there_is_on_stdout(folder):
     result = run("analyze", "job.py:pair", "--json")
     assert result.exit_code == 0, result.stderr
     [analysis] = json.loads(result.stdout, parse_constant=pytest.fail)  # no NaN, no Infinity
-    assert analysis["name"] == "pair"
+    assert analysis["name"] == "Sequential"
     assert analysis["num_samples"] == 10
     assert "said while loading" in result.stderr
     assert "said while called" in result.stderr

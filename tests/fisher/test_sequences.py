@@ -213,6 +213,21 @@ def test_padding_changes_nothing(name, structure) -> None:
     torch.testing.assert_close(measure(model, data, EXACT[structure]).to_dense(), expected)
 
 
+@pytest.mark.parametrize("structure", [nm.Kronecker(), nm.Kronecker("reduce"), nm.EigenKronecker()])
+@pytest.mark.parametrize("filler", [0, 3])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_changes_no_factor(name, filler, structure) -> None:
+    """One padded batch is the same as each sequence alone."""
+    model = build(name)
+    tokens = torch.where(RIGHT == 1, TOKENS, filler)
+    alone = [
+        {"input_ids": sequence[real][None]}
+        for sequence, real in zip(TOKENS, RIGHT.bool(), strict=True)
+    ]
+    padded = measure(model, {"input_ids": tokens, "attention_mask": RIGHT}, structure)
+    torch.testing.assert_close(padded.to_dense(), measure(model, alone, structure).to_dense())
+
+
 @pytest.mark.parametrize("filler", [0, 3])
 @pytest.mark.parametrize("mask", [torch.long, torch.bool, torch.float64])
 def test_whatever_fills_the_padding(filler, mask) -> None:

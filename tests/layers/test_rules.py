@@ -380,7 +380,7 @@ class Rooted(Factored):
     def sides(self) -> tuple[Side, Side] | None:
         if self.a is None:
             return None
-        return Vectors(self.g), Inputs(self.a.sqrt(), self.biased)
+        return Vectors(self.g), Inputs(self.a.sqrt(), self.biased, self.used)
 
 
 class Made(LinearRule):

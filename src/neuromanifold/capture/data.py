@@ -106,6 +106,12 @@ class Batch:
         return Batch(inputs, targets)
 
     @property
+    def present(self) -> Tensor | None:
+        """Which positions are not padded, boolean `(N, T)`; None if nothing says so."""
+        mask = self.inputs.get(MASK_KEY) if isinstance(self.inputs, Mapping) else None
+        return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    @property
     def num_rows(self) -> int:
         """Length of the first input's first axis, which usually counts the samples."""
         leaves = (leaf for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor))

@@ -217,7 +217,16 @@ class Tape:
                     for x, g in found
                 )
             ports = tuple(site.ports.values())
-            record = Record(block, ports, calls, shape, first=first, dtype=dtype, device=device)
+            record = Record(
+                block,
+                ports,
+                calls,
+                shape,
+                first=first,
+                dtype=dtype,
+                device=device,
+                present=self._batch.present,
+            )
             del calls, found
             yield record
             del record

@@ -109,6 +109,7 @@ def analyze(
         with contextlib.redirect_stdout(sys.stderr):
             import torch
 
+            from neuromanifold.capture import unwrap
             from neuromanifold.cli.target import first_samples, load_target
             from neuromanifold.report import collect
 
@@ -119,7 +120,7 @@ def analyze(
                 model,
                 likelihood,
                 data if samples is None else first_samples(data, samples),
-                name=target.rpartition(":")[2],
+                name=type(unwrap(model)).__name__,
                 generator=torch.Generator().manual_seed(seed),
                 progress=sys.stderr.isatty(),
             )

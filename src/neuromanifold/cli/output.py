@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -53,12 +55,15 @@ def publish(analyses: Sequence[Analysis], *, title: str, page: Path | None, as_j
         typer.echo(json.dumps(list(analyses), indent=2, allow_nan=False))
     else:
         console = Console()
-        for table in tables(analyses):
+        for table in tables(analyses, console.width):
             console.print(table)
             console.print()
         for text in (f"{a['name']}: {line}" for a in analyses for line in a["notes"]):
             console.print(text, markup=False, highlight=False)
 
+
+MOST_LAYERS = 30
+"""Rows of a table of layers; the page and the JSON document have all of them."""
 
 MISSING = "–"
 """Stands for what was not measured."""
@@ -74,9 +79,9 @@ def number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}"
 
 
-def tables(analyses: Sequence[Analysis]) -> list[Table]:
+def tables(analyses: Sequence[Analysis], width: int) -> list[Table]:
     """One table that compares the models, then one per model with a row per layer."""
-    return [_overview(analyses), *map(_layers, analyses)]
+    return [_overview(analyses), *(_layers(analysis, width) for analysis in analyses)]
 
 
 def _overview(analyses: Sequence[Analysis]) -> Table:
@@ -117,16 +122,22 @@ def _facts(analysis: Analysis) -> dict[str, str]:
     return facts
 
 
-def _layers(analysis: Analysis) -> Table:
-    table = Table(title=Text(f"{analysis['name']}, layer by layer"), title_justify="left")
-    for name in ("layer", "type"):
-        table.add_column(name)
-    for name in ("params", "trace", "share", "Kronecker error", "unit-wise error"):
+def _layers(analysis: Analysis, width: int) -> Table:
+    layers = analysis["layers"]
+    shown = _largest(layers)
+    table = Table(
+        title=Text(f"{analysis['name']}, layer by layer"),
+        title_justify="left",
+        caption=_left_out(layers, shown),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("layer")
+    for name in ("params", "trace", "share", "Kronecker\nerror", "unit-wise\nerror"):
         table.add_column(name, justify="right")
-    for layer in analysis["layers"]:
+    for layer in shown:
         table.add_row(
-            Text(layer["name"] or "(root)"),
-            Text(layer["type"]),
+            Text(_folded(layer["name"] or "(root)", width - WIDTH_OF_NUMBERS)),
             f"{layer['num_parameters']:,}",
             number(layer["trace"]),
             f"{layer['share']:.1%}",
@@ -134,3 +145,37 @@ def _layers(analysis: Analysis) -> Table:
             number(layer["unitwise_error"]),
         )
     return table
+
+
+WIDTH_OF_NUMBERS = 58
+"""Characters that the columns beside the name of a layer take."""
+
+
+def _largest(layers: Sequence[Analysis]) -> list[Analysis]:
+    """The layers with the largest trace, in the order of the network."""
+    by_trace = sorted(range(len(layers)), key=lambda i: -layers[i]["trace"])
+    return [layers[i] for i in sorted(by_trace[:MOST_LAYERS])]
+
+
+def _left_out(layers: Sequence[Analysis], shown: Sequence[Analysis]) -> str | None:
+    """What is said under a table that does not show all layers."""
+    if len(shown) == len(layers):
+        return None
+    share = sum(layer["share"] for layer in layers) - sum(layer["share"] for layer in shown)
+    return (
+        f"{len(layers) - len(shown)} more layers, with {max(share, 0):.1%} of the trace, are in "
+        f"the page and in --json."
+    )
+
+
+def _folded(name: str, width: int) -> str:
+    """A long name on several lines, broken after its dots: its end tells layers apart.
+
+    Example:
+        >>> _folded("encoder.layer.0.attention.output", 20).splitlines()
+        ['encoder.layer.0.', 'attention.output']
+    """
+    return "\n".join(
+        line.replace(". ", ".")
+        for line in textwrap.wrap(name.replace(".", ". "), max(width, 16), break_on_hyphens=False)
+    )

@@ -6,13 +6,11 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
 from neuromanifold.capture import Batch, Data
 from neuromanifold.likelihoods import Likelihood
@@ -111,12 +109,10 @@ def first_samples(data: Any, num: int) -> list[Batch]:
         >>> [len(b.targets) for b in first_samples([(torch.ones(3, 2), torch.ones(3))] * 2, 5)]
         [3, 2]
     """
-    kept, left = [], num
+    kept: list[Batch] = []
     for batch in Data(data):
-        parts = (batch.inputs, batch.targets)
-        size = next(part.shape[0] for part in tree_leaves(parts) if isinstance(part, Tensor))
-        kept.append(Batch(*tree_map_only(Tensor, itemgetter(slice(left)), parts)))
-        left -= size
-        if left <= 0:
+        left = num - sum(part.num_samples for part in kept)
+        kept.append(batch.samples(0, left) if batch.num_samples > left else batch)
+        if batch.num_samples >= left:
             break
     return kept

@@ -17,7 +17,7 @@ from neuromanifold.layers.embedding import EmbeddingRule
 from neuromanifold.layers.generic import record_of_parameter
 from neuromanifold.layers.linear import LinearRule
 from neuromanifold.layers.norm import ScaleRule
-from neuromanifold.layers.parts import Factored, Indexed, Part, Side, Whole
+from neuromanifold.layers.parts import Factored, Indexed, Part, Side, Whole, count_uses
 from neuromanifold.layers.recognised import recognised_scale
 from neuromanifold.layers.record import Call, Port, Record
 from neuromanifold.layers.recurrent import CellRule, RecurrentRule
@@ -46,6 +46,7 @@ __all__ = [
     "Use",
     "WeightRule",
     "Whole",
+    "count_uses",
     "recognised_scale",
     "record_of_parameter",
     "register",

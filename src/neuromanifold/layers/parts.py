@@ -9,6 +9,7 @@ that is never formed, and `i` the cotangent: its units are the rows of its weigh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -16,7 +17,17 @@ from torch import Tensor
 
 from neuromanifold.linalg import psd
 
-__all__ = ["Factored", "Indexed", "Inputs", "OneHot", "Part", "Side", "Vectors", "Whole"]
+__all__ = [
+    "Factored",
+    "Indexed",
+    "Inputs",
+    "OneHot",
+    "Part",
+    "Side",
+    "Vectors",
+    "Whole",
+    "count_uses",
+]
 
 
 _TEMPORARY_NUMEL = 2**24
@@ -67,13 +78,20 @@ class Vectors(Side):
 
 
 class Inputs(Side):
-    """Layer inputs `a (G, N, T, I)`, and ones in a last column if there is a bias."""
+    """Layer inputs `a (G, N, T, I)`, and ones in a last column if there is a bias.
+
+    Args:
+        a: the inputs.
+        biased: whether there is a bias.
+        used: which positions are uses, boolean `(N, T)`; None for all.
+    """
 
     once = True
 
-    def __init__(self, a: Tensor, biased: bool) -> None:
-        self.a = a
+    def __init__(self, a: Tensor, biased: bool, used: Tensor | None) -> None:
+        self.a = a if used is None else a * used[..., None]
         self.biased = biased
+        self.used = used
 
     def moment(self, *, reduce: bool) -> Tensor:
         """`(G, I, I)`."""
@@ -84,22 +102,25 @@ class Inputs(Side):
         moment = psd.aligned_empty(a, len(a), width, width)
         psd.second_moment(a, out=moment[:, :-1, :-1])
         moment[:, -1, :-1] = moment[:, :-1, -1] = a.sum(dim=1)
-        moment[:, -1, -1] = a.shape[1]
+        moment[:, -1, -1] = self._num_rows(reduce)
         return moment
 
     def squares(self, *, reduce: bool) -> Tensor:
         """`(G, I)`."""
-        a = self._rows(reduce)
-        squares = a.square().sum(dim=1)
+        squares = self._rows(reduce).square().sum(dim=1)
         if not self.biased:
             return squares
-        return torch.cat([squares, squares.new_full((len(a), 1), a.shape[1])], dim=1)
+        ones = squares.new_empty(len(squares), 1)
+        ones[:] = self._num_rows(reduce)
+        return torch.cat([squares, ones], dim=1)
 
     def _rows(self, reduce: bool) -> Tensor:
-        a = self.a
-        if reduce:
-            a = a.sum(dim=2, keepdim=True) / max(a.shape[2], 1)
-        return a.flatten(1, 2)
+        if not reduce:
+            return self.a.flatten(1, 2)
+        return self.a.sum(dim=2) / _per_sample(self.used, self.a.shape[2])
+
+    def _num_rows(self, reduce: bool) -> Tensor | int:
+        return count_uses(self.used, self.a.shape[1:3], reduce=reduce)
 
 
 class OneHot(Side):
@@ -107,9 +128,10 @@ class OneHot(Side):
 
     once = True
 
-    def __init__(self, indices: Tensor, width: int, like: Tensor) -> None:
-        self.indices = indices
+    def __init__(self, indices: Tensor, width: int, like: Tensor, used: Tensor | None) -> None:
+        self.indices = indices if used is None else torch.where(used, indices, -1)
         self.width = width
+        self.used = used
         self._like = like
 
     def moment(self, *, reduce: bool) -> Tensor:
@@ -128,9 +150,24 @@ class OneHot(Side):
 
     def _frequencies(self) -> Tensor:
         """Of each entry in each sample, `(N, width)`."""
-        seen = (self.indices >= 0).to(self._like) / max(self.indices.shape[1], 1)
+        seen = (self.indices >= 0).to(self._like)
         out = seen.new_zeros(len(self.indices), self.width)
-        return out.scatter_add_(1, self.indices.clamp(min=0), seen)
+        out.scatter_add_(1, self.indices.clamp(min=0), seen)
+        return out / _per_sample(self.used, self.indices.shape[1])
+
+
+def count_uses(used: Tensor | None, shape: Sequence[int], *, reduce: bool) -> Tensor | int:
+    """Uses among `(N, T)` positions; reduce: samples with a use."""
+    if used is None:
+        return shape[0] * (1 if reduce else shape[1])
+    return (used.any(dim=1) if reduce else used).sum()
+
+
+def _per_sample(used: Tensor | None, positions: int) -> Tensor | int:
+    """Uses in each sample, `(N, 1)` where they differ, at least one."""
+    if used is None:
+        return max(positions, 1)
+    return used.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 class Part(ABC):
@@ -143,6 +180,21 @@ class Part(ABC):
     groups: slice
     sides: tuple[Side, Side] | None = None
     """Outputs and inputs of the sum, where there is one."""
+    used: Tensor | None = None
+    """Which positions are uses, boolean `(N, T)`; None for all."""
+
+    def leave_out(self, padded: Tensor) -> None:
+        """Do not count positions that are padded, boolean `(N, T)`, and get no gradient.
+
+        A layer with other positions than the batch has, such as one behind a pooling, keeps all.
+        """
+        touched = self.touched()
+        if touched is not None and touched.shape == padded.shape:
+            self.used = touched | ~padded
+
+    def touched(self) -> Tensor | None:
+        """Which positions get a gradient, boolean `(N, T)`; None if there are none."""
+        return None
 
     @property
     @abstractmethod
@@ -181,7 +233,13 @@ class Factored(Part):
     @property
     def sides(self) -> tuple[Side, Side] | None:  # type: ignore[override]
         """Cotangents and inputs."""
-        return None if self.a is None else (Vectors(self.g), Inputs(self.a, self.biased))
+        if self.a is None:
+            return None
+        return Vectors(self.g), Inputs(self.a, self.biased, self.used)
+
+    def touched(self) -> Tensor:
+        """Where cotangents are not zero."""
+        return (self.g != 0).any(dim=4).any(dim=0).any(dim=0)
 
     @property
     def num_positions(self) -> int:
@@ -255,7 +313,12 @@ class Indexed(Part):
     @property
     def sides(self) -> tuple[Side, Side]:  # type: ignore[override]
         """Tokens and cotangents."""
-        return OneHot(self.indices, self.num_rows, self.g), Vectors(self.g[:, None])
+        tokens = OneHot(self.indices, self.num_rows, self.g, self.used)
+        return tokens, Vectors(self.g[:, None])
+
+    def touched(self) -> Tensor:
+        """Where cotangents are not zero."""
+        return (self.g != 0).any(dim=3).any(dim=0)
 
     @property
     def num_positions(self) -> int:

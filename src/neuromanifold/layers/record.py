@@ -83,6 +83,7 @@ class Record:
             every sweep, so statistics of inputs alone are counted only then.
         dtype: precision of the statistics, whatever the layer computed in.
         device: where they are.
+        present: which positions of the batch are not padded, boolean `(N, T)`; None if all.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Record:
         first: bool,
         dtype: torch.dtype,
         device: torch.device,
+        present: Tensor | None = None,
     ) -> None:
         self.block = block
         self.ports = ports
@@ -103,11 +105,14 @@ class Record:
         self.first = first
         self.dtype = dtype
         self.device = device
+        self.present = present
 
     def samples(self, start: int, stop: int) -> Record:
         """The record of some samples."""
         calls = tuple(call.samples(start, stop) for call in self.calls)
-        return self._with(calls, (self.num_sweeps, stop - start), first=self.first)
+        some = self._with(calls, (self.num_sweeps, stop - start), first=self.first)
+        some.present = None if self.present is None else self.present[start:stop]
+        return some
 
     def sweeps(self, start: int, stop: int) -> Record:
         """The record of some sweeps; the first of them counts the inputs."""
@@ -124,6 +129,7 @@ class Record:
             first=first,
             dtype=self.dtype,
             device=self.device,
+            present=self.present,
         )
 
     def split(
@@ -170,7 +176,10 @@ class Record:
 
     def _part(self, port: Port, calls: tuple[Call, ...]) -> Part:
         if calls:
-            return port.rule.part(self.block, calls, self.num_samples, self.dtype)
+            part = port.rule.part(self.block, calls, self.num_samples, self.dtype)
+            if self.present is not None:
+                part.leave_out(~self.present)
+            return part
         shape = (self.num_sweeps, self.num_samples)
         zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return port.rule.absent(self.block, port.groups_of(self.block), zeros)

@@ -25,6 +25,9 @@ __all__ = ["collect"]
 MAX_EXACT_ROWS = 4096
 """Samples times columns up to which the analysis uses the exact Fisher of every sample."""
 
+SAMPLED_ROWS = 512
+"""How many gradients are sent back otherwise; one per sample if there are more samples."""
+
 STAGES = 5
 NUM_LEADING = 20
 NUM_DAMPINGS = 25
@@ -44,7 +47,7 @@ def collect(
     """Measure what the report shows about a model.
 
     The estimator is `Exact()` while samples times output columns stay within a few thousand, else
-    one sampled label per input; the notes say which, and why.
+    a few labels per sample are drawn from the model; the notes say how many, and why.
 
     Args:
         model: any module, in the mode it should be measured in.
@@ -165,29 +168,34 @@ class _Measure:
 def _choose_estimator(
     model: nn.Module, likelihood: Likelihood, data: Any, notes: list[str]
 ) -> Estimator:
-    """The exact Fisher if its Gram matrix stays small, else one label per input."""
+    """The exact Fisher if its Gram matrix stays small, else a few labels per sample."""
     num_samples, columns = 0, 0
     with torch.no_grad(), buffers_kept(model):
-        for batch in Data(data):
+        for batch in Data(data, unwrap(model)):
             outputs = likelihood.canonical(logits_of(call_model(model, batch.inputs)))
             num_samples += len(outputs)
             columns = columns or likelihood.num_columns(outputs)
     if num_samples * columns <= MAX_EXACT_ROWS:
         return Exact()
-    notes.append(
-        f"{num_samples} samples with {columns} output columns each would make "
-        f"{num_samples * columns} rows; above {MAX_EXACT_ROWS} one label per input is sampled from "
-        f"the model instead, so all numbers carry label noise. Analyse fewer samples for the exact "
-        f"Fisher."
+    draws = max(SAMPLED_ROWS // num_samples, 1)
+    note = (
+        f"The exact matrix takes {num_samples * columns:,} gradients, {columns:,} for each of "
+        f"{num_samples:,} samples. Instead, {draws} for each {'was' if draws == 1 else 'were'} sent "
+        f"back, with labels drawn from the model. This leaves noise in all numbers: there are no "
+        f"more eigenvalues than gradients, the largest tend to be too large, and approximations "
+        f"look worse than they are."
     )
-    return MonteCarlo(1)
+    if 2 * columns <= MAX_EXACT_ROWS:
+        note += f" Up to {MAX_EXACT_ROWS // columns:,} samples are measured exactly."
+    notes.append(note)
+    return MonteCarlo(draws)
 
 
 def _layers(
     model: nn.Module, exact: GramOperator, matrices: dict[str, FisherOperator | None]
 ) -> list[dict[str, Any]]:
     """Per block: share of the trace, largest eigenvalue, and errors of approximations."""
-    modules = dict(unwrap(model).named_modules())
+    kinds = _kinds(unwrap(model), exact)
     whole_trace = float(exact.trace())
     rules = {entry.block: entry.rule for entry in exact.coverage}
     found = []
@@ -203,7 +211,7 @@ def _layers(
         found.append(
             {
                 "name": block,
-                "type": type(modules[block]).__name__ if block in modules else "parameter",
+                "type": kinds[block],
                 "rule": rule,
                 "num_parameters": part.num_parameters,
                 "trace": trace,
@@ -221,6 +229,20 @@ def _layers(
             }
         )
     return found
+
+
+def _kinds(model: nn.Module, exact: FisherOperator) -> dict[str, str]:
+    """Per block, the classes of the modules that own its parameters; several if they are shared."""
+    owners: dict[int, list[str]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(type(module).__name__)
+    parameters = dict(model.named_parameters())
+    found: dict[str, dict[str, None]] = {}
+    for entry in exact.coverage:
+        own = owners[id(parameters[entry.parameter])]
+        found.setdefault(entry.block, {}).update(dict.fromkeys(own))
+    return {block: " + ".join(names) for block, names in found.items()}
 
 
 def _error(exact: GramOperator, approximation: FisherOperator) -> float | None:

@@ -56,6 +56,7 @@ class Source:
         progress: told after each batch.
         most_sweeps: how many of the estimator's cotangents are sent back in each batch; None: all.
         sweep_bytes: what the cotangents of sweeps that travel together may keep alive.
+        mark: called before each record is handed out.
         num_samples: N so far; over all processes after `reduce`.
         num_positions: observed positions, likewise.
     """
@@ -71,6 +72,7 @@ class Source:
     progress: Progress | None = None
     most_sweeps: int | None = None
     sweep_bytes: int = SWEEP_BYTES
+    mark: Callable[[], None] | None = None
     num_samples: int = 0
     num_positions: int = 0
 
@@ -86,9 +88,15 @@ class Source:
                 cotangents = islice(cotangents, self.most_sweeps)
                 together = self.sweeps_together(tape.sweep_numel)
                 while chunk := list(islice(cotangents, together)):
-                    yield tape.records(torch.stack(chunk))
+                    records = tape.records(torch.stack(chunk))
+                    yield records if self.mark is None else map(self._marked, records)
                 if self.progress is not None:
                     self.progress(done, self.data.num_batches)
+
+    def _marked(self, record: Record) -> Record:
+        assert self.mark is not None
+        self.mark()
+        return record
 
     def sweeps_together(self, numel: int) -> int:
         """How many sweeps travel together, if each keeps this many numbers alive."""
@@ -215,6 +223,9 @@ class Structure(ABC):
     def build(self, source: Source) -> FisherOperator:
         """Measure."""
 
+    part_numel: int | None = None
+    """Records are reduced in parts of about this many numbers; None if it is done at once."""
+
     def constant_numel(self, plan: Plan) -> int:
         """How many numbers are kept of any data; what grows with the data is not counted."""
         return 0
@@ -279,6 +290,8 @@ class AdditiveStructure(Structure):
     Batching, accumulation and reduction over processes are written here; a structure says what is
     summed and what matrix it makes. Statistics of sequences of any length keep constant memory.
     """
+
+    part_numel = RECORD_NUMEL
 
     @abstractmethod
     def statistics(self, record: Record) -> Statistics:

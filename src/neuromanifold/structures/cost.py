@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,10 @@ SHARE = 8
 """Part of the samples, one in so many, up to which timed trials go on in any case."""
 MOST_SWEEPS = 8
 """Sweeps in a trial."""
+LARGE = 2**27
+"""Bytes from which time grows evenly: the system hands out smaller ones faster."""
+ARRAYS = 4
+"""Temporaries as large as a part of a record that are alive together."""
 MARGIN = 0.9
 """Part of a budget that an extrapolated peak may fill."""
 
@@ -117,7 +120,7 @@ class Trial:
         samples: in each batch.
         sweeps: sent back in each batch.
         together: how many of them at once.
-        peak: bytes.
+        segments: bytes alive at the start and at most, from one record to the next.
         kept: bytes of the result.
         total: seconds.
         later: seconds of these that a further batch takes.
@@ -126,10 +129,15 @@ class Trial:
     samples: int
     sweeps: int
     together: int
-    peak: int
+    segments: tuple[tuple[int, int], ...]
     kept: int
     total: float
     later: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return max(peak for _, peak in self.segments)
 
 
 @dataclass(frozen=True)
@@ -143,8 +151,7 @@ class Costs:
         trials: with few sweeps, by number of samples.
         fewer: the last one with half as many sweeps; None if the trials have all sweeps.
         constant: bytes kept of any data.
-        sweeps_alone: the same without reducing the records. With few samples the statistics decide
-            the peak, with many the activations; here the latter are seen from the start.
+        most: bytes that the temporaries of one record take at most, None if there is no bound.
     """
 
     source: Source
@@ -153,7 +160,7 @@ class Costs:
     trials: tuple[Trial, ...]
     fewer: Trial | None
     constant: int
-    sweeps_alone: Costs | None = None
+    most: int | None
 
     @property
     def tried(self) -> int:
@@ -161,22 +168,45 @@ class Costs:
         return self.trials[-1].samples
 
     def peak(self, samples: int) -> int:
-        """Bytes that batches of some samples need at most."""
+        """Bytes that batches of some samples need at most.
+
+        What decides it with few samples need not be what decides it with many, so each segment of
+        the run is extrapolated for itself.
+        """
+        known = [trial for trial in self.trials if trial.samples == samples]
+        if known and self.fewer is None:
+            return known[0].peak
+        count = len(self.trials[-1].segments)
+        alike = [trial for trial in self.trials if len(trial.segments) == count]
+        segments = max(self._segment(alike, i, samples) for i in range(count))
+        return round(max(segments, self.kept(samples)))
+
+    def _segment(self, trials: Sequence[Trial], i: int, samples: int) -> float:
+        starts, rises = [], []
+        for trial in trials:
+            alive, peak = trial.segments[i]
+            starts.append((trial.samples, float(alive)))
+            rises.append((trial.samples, float(peak - alive)))
+        if len(trials) == 1 and samples != trials[0].samples:
+            starts.insert(0, (0, min(float(self.constant), starts[0][1])))
+            rises.insert(0, (0, 0.0))
+        start, rise = _line(starts, samples), _line(rises, samples)
+        if i > 0 and self.most is not None:
+            rise = min(rise, max(self.most, rises[-1][1]))
+        return start + rise + self._of_more_sweeps(i, samples)
+
+    def _of_more_sweeps(self, i: int, samples: int) -> float:
+        """What a segment has more than in the trials, because more sweeps travel together."""
+        full, half = self.trials[-1], self.fewer
+        if half is None or len(half.segments) != len(full.segments):
+            return 0
+        if full.together == half.together:
+            return 0
         together = min(
             self.load.sweeps, self.source.sweeps_together(self.load.sweep_numel * samples)
         )
-        more = 0.0
-        if self.fewer is not None:
-            full, half = self.trials[-1], self.fewer
-            if full.together > half.together:
-                slope = (full.peak - half.peak) / (full.together - half.together)
-                more = max(slope, 0) * (together - full.together) * samples / full.samples
-        peak = round(self._extrapolate("peak", samples, self.constant) + more)
-        kept = self.kept(samples)
-        if self.sweeps_alone is None or samples <= self.tried:
-            return max(peak, kept)
-        beside = kept if self.batches > 1 else 0
-        return max(peak, kept, self.sweeps_alone.peak(samples) + beside)
+        slope = (full.segments[i][1] - half.segments[i][1]) / (full.together - half.together)
+        return max(slope, 0) * (together - full.together) * samples / full.samples
 
     def kept(self, samples: int) -> int:
         """Bytes of the result."""
@@ -241,36 +271,40 @@ def costs(
     constant = structure.constant_numel(loaded.plan) * source.dtype.itemsize
     sweeps = min(loaded.sweeps, MOST_SWEEPS)
 
-    def tried(structure: Structure, size: int, sweeps: int) -> Trial:
+    def tried(size: int, sweeps: int) -> Trial:
         return _try(structure, source, loaded, batch.samples(0, size), size, sweeps, batches)
 
-    def fewer(structure: Structure, size: int) -> Trial | None:
-        return tried(structure, size, sweeps // 2) if loaded.sweeps > sweeps else None
+    def fewer(size: int) -> Trial | None:
+        return tried(size, sweeps // 2) if loaded.sweeps > sweeps else None
 
-    found = Costs(source, loaded, batches, (), None, constant)
+    most = None
+    if structure.part_numel is not None:
+        most = ARRAYS * structure.part_numel * source.dtype.itemsize
+    found = Costs(source, loaded, batches, (), None, constant, most)
     started, settled = time.perf_counter(), False
     for size in _sizes(batch.num_samples):
         if found.trials and found.peak(size) > free:
             break
         if len(found.trials) > 2:
-            long = time.perf_counter() - started > PATIENCE
-            if long and found.tried * SHARE >= batch.num_samples if timed else settled:
+            spent = time.perf_counter() - started
+            if _long_enough(found, batch.num_samples, spent) if timed else settled:
                 break
-        before, trial = found, tried(structure, size, sweeps)
+        before, trial = found, tried(size, sweeps)
         if size == 1 and trial.total < PATIENCE:  # the first run of all sets things up
-            trial = replace(tried(structure, size, sweeps), peak=trial.peak)
-        found = replace(found, trials=(*found.trials, trial), fewer=fewer(structure, size))
-        if size == 3:
-            trial = tried(_Sweeps(), size, sweeps)
-            # A structure that does without sweeps takes less.
-            if trial.peak <= found.trials[-1].peak:
-                alone = replace(found, trials=(trial,), fewer=fewer(_Sweeps(), size), constant=0)
-                found = replace(found, sweeps_alone=alone)
+            again = tried(size, sweeps)
+            trial = replace(trial, total=again.total, later=again.later)
+        found = replace(found, trials=(*found.trials, trial), fewer=fewer(size))
         if len(before.trials) > 1:
             settled = math.isclose(
                 before.peak(batch.num_samples), found.peak(batch.num_samples), rel_tol=0.02
             )
     return found
+
+
+def _long_enough(found: Costs, num_samples: int, spent: float) -> bool:
+    """Whether seconds are known well enough."""
+    large = found.trials[-1].peak >= LARGE
+    return spent > PATIENCE and found.tried * SHARE >= num_samples and large
 
 
 def _sizes(num_samples: int) -> Iterator[int]:
@@ -283,16 +317,6 @@ def _sizes(num_samples: int) -> Iterator[int]:
         yield size
         size = size + 1 if size < 3 else 2 * size
     yield num_samples
-
-
-class _Sweeps(Structure):
-    """Keeps nothing of the records."""
-
-    def build(self, source: Source) -> Any:
-        """Send the sweeps back."""
-        for records in source.sweeps():
-            for _ in records:
-                pass
 
 
 def _try(
@@ -314,6 +338,7 @@ def _try(
         most_sweeps=sweeps,
     )
     with watching(source.device) as usage:
+        trial.mark = usage.mark
         started = time.perf_counter()
         result = structure.build(trial)
         if source.device.type == "cuda":
@@ -322,7 +347,7 @@ def _try(
     del result
     later = sum(ticks[i] - ticks[i - 1] for i in range(1, len(ticks), 2)) if batches > 1 else 0
     together = min(sweeps, source.sweeps_together(loaded.sweep_numel * samples))
-    return Trial(samples, sweeps, together, usage.peak, usage.kept, total, later)
+    return Trial(samples, sweeps, together, tuple(usage.segments), usage.kept, total, later)
 
 
 def within(structure: Structure, source: Source, max_bytes: int) -> Source:

@@ -224,7 +224,7 @@ class GramOperator(FisherOperator):
             )
             some[start : start + step].fill_diagonal_(1)
             gradients = self._combine(some)
-            total += (gradients * other._matmat(gradients)).sum()
+            total += (gradients * other._matmat(gradients.to(other.dtype))).sum()
         return total
 
     def _diagonal(self) -> Tensor:
@@ -289,9 +289,9 @@ class GramOperator(FisherOperator):
         def rows(prefix: str) -> Rows:
             if f"{prefix}.gradients" in tensors:
                 return WholeRows(tensors[f"{prefix}.gradients"])
-            names = ("g", "indices", "num_rows_of_table")
             if f"{prefix}.indices" in tensors:
-                return IndexedRows(*(tensors[f"{prefix}.{name}"] for name in names))
+                g, indices, table = (tensors[f"{prefix}.{name}"] for name in ("g", "indices", "table"))
+                return IndexedRows(g, indices, int(table))
             a, g, biased = (tensors[f"{prefix}.{name}"] for name in ("a", "g", "biased"))
             return FactoredRows(a, g, bool(biased))
 

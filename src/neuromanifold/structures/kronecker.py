@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from neuromanifold.layers import Record
+from neuromanifold.layers import Record, count_uses
 from neuromanifold.linalg import Block, psd
 from neuromanifold.operators import BlockMatrix, Matrices
 from neuromanifold.structures import factors
@@ -87,8 +87,9 @@ class Kronecker(AdditiveStructure):
                 moment = self.outputs.moment(outputs, fan_out, reduce=reduce)
                 statistics[f"{key}.outputs"] = moment
             if record.first:
-                uses = record.num_samples * (1 if reduce else part.num_positions)
-                statistics[f"{key}.uses"] = torch.tensor(uses, device=record.device)
+                positions = (record.num_samples, part.num_positions)
+                uses = count_uses(part.used, positions, reduce=reduce)
+                statistics[f"{key}.uses"] = torch.as_tensor(uses, device=record.device)
         return statistics
 
     def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:

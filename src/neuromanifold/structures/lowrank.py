@@ -88,8 +88,8 @@ def _orthonormal(num: int, source: Source) -> Tensor:
     """Random orthonormal rows `(num, P)`, the same in every process."""
     generator = torch.Generator().manual_seed(_common_seed(source))
     shape = (source.plan.layout.num_parameters, num)
-    columns = torch.randn(shape, generator=generator, dtype=source.dtype).to(source.device)
-    return torch.linalg.qr(columns)[0].T
+    columns = torch.randn(shape, generator=generator, dtype=source.dtype, device="cpu")
+    return torch.linalg.qr(columns.to(source.device))[0].T
 
 
 def _common_seed(source: Source) -> int:

@@ -109,18 +109,23 @@ class QuasiDiagonalMatrix(BlockMatrix):
     def solve(self, x: Tensor, damping: float) -> Tensor:
         """O(I) per unit: the inverse of a diagonal plus a rank-one matrix.
 
-        The last entry is eliminated first, by hand, so that its part of the diagonal may be zero,
-        as it is for a bias at damping 0. Then this is the update rule of the source.
+        The entry with the least of the diagonal is eliminated first, by hand, since its part may be
+        zero: that of a bias is, at damping 0. Then this is the update rule of the source.
         """
-        width = x.shape[-1] - 1
-        d, last_d = (self.rest + damping).split([width, 1], dim=-1)
-        r, last_r = self.row.split([width, 1], dim=-1)
-        head, last = x.split([width, 1], dim=-1)
-        one = 1 + (r.square() / d).sum(dim=-1, keepdim=True)
-        seen = (r * head / d).sum(dim=-1, keepdim=True)
-        determinant = last_d * one + last_r.square()
-        inner = (last_d * seen + last_r * last) / determinant  # rᵀ of the solution
-        return torch.cat([(head - r * inner) / d, (one * last - last_r * seen) / determinant], -1)
+        d = self.rest + damping
+        first = torch.zeros_like(d).scatter_(-1, d.argmin(dim=-1, keepdim=True), 1) > 0
+
+        def entry(v: Tensor) -> Tensor:
+            return torch.where(first, v, 0).sum(dim=-1, keepdim=True)
+
+        weights = self.row / torch.where(first, torch.inf, d)  # r / d but for the first entry
+        one = 1 + (self.row * weights).sum(dim=-1, keepdim=True)
+        seen = (weights * x).sum(dim=-1, keepdim=True)
+        first_d, first_r, first_x = entry(d), entry(self.row), entry(x)
+        determinant = first_d * one + first_r.square()
+        inner = (first_d * seen + first_r * first_x) / determinant  # rᵀ of the solution
+        eliminated = (one * first_x - first_r * seen) / determinant
+        return torch.where(first, eliminated, (x - self.row * inner) / d)
 
     def function(self, function: psd.Function, x: Tensor) -> Tensor:
         """By an eigendecomposition for each unit, I³, computed once."""

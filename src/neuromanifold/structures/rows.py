@@ -34,6 +34,10 @@ class Rows(ABC):
         """`U c` for `c (V·N, R)`, `(R, G, O, I)` in parts along the last axis."""
 
     @abstractmethod
+    def per_sample(self) -> Tensor:
+        """The gradients themselves, `(V·N, G, O, I)`."""
+
+    @abstractmethod
     def squares(self) -> Tensor:
         """Sum over V·N of the squared entries, `(G, O, I)`."""
 
@@ -55,10 +59,7 @@ class WholeRows(Rows):
 
     def gram(self, other: Rows) -> Tensor:
         """One matrix product."""
-        if isinstance(other, FactoredRows):
-            other = WholeRows(other.per_sample())
-        assert isinstance(other, WholeRows)
-        return self.gradients.flatten(1) @ other.gradients.flatten(1).T
+        return self.gradients.flatten(1) @ other.per_sample().flatten(1).T
 
     def project(self, x: list[Tensor]) -> Tensor:
         """One matrix product."""
@@ -67,6 +68,10 @@ class WholeRows(Rows):
     def combine(self, c: Tensor) -> list[Tensor]:
         """One matrix product."""
         return [(c.T @ self.gradients.flatten(1)).unflatten(1, self.gradients.shape[1:])]
+
+    def per_sample(self) -> Tensor:
+        """As they are."""
+        return self.gradients
 
     def squares(self) -> Tensor:
         """Entry by entry."""
@@ -92,9 +97,8 @@ class FactoredRows(Rows):
 
     def gram(self, other: Rows) -> Tensor:
         """Inner products of inputs times those of cotangents, summed over pairs of positions."""
-        if isinstance(other, WholeRows):
+        if not isinstance(other, FactoredRows):
             return WholeRows(self.per_sample()).gram(other)
-        assert isinstance(other, FactoredRows)
         positions = self.g.shape[3]
         # Temporaries are V·N·T by V'·N'·T'; some samples at a time keep them in bounds.
         per_sample = self.g.shape[0] * positions * other.g[..., 0].numel()
@@ -143,22 +147,20 @@ class FactoredRows(Rows):
             parts.append(weighted.sum(dim=2)[..., None])
         return parts
 
-    def squares(self) -> Tensor:
-        """A matrix product at one position; from whole gradients at several."""
-        if self.g.shape[3] > 1:
-            return self.per_sample().square().sum(dim=0)
-        weights = self.g.squeeze(3).square().sum(dim=0)  # (G, N, O)
-        parts = [weights.mT @ self.a.squeeze(2).square()]
-        if self.biased:
-            parts.append(weights.sum(dim=1)[..., None])
-        return torch.cat(parts, dim=-1)
-
     def per_sample(self) -> Tensor:
-        """`(V·N, G, O, I)`."""
-        a = self.a
-        if self.biased:
-            a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
-        return (self.g.mT @ a).transpose(1, 2).flatten(0, 1)
+        """As the record's part does it."""
+        return _flat(self._part(slice(None)).per_sample())
+
+    def squares(self) -> Tensor:
+        """As the record's part does it, some samples at a time where that makes gradients."""
+        num_samples, step = self.a.shape[1], self.a.shape[1]
+        if self.g.shape[3] > 1:
+            numel = self.g[:, :, 0, 0].numel() * (self.a.shape[-1] + self.biased)
+            step = max(TEMPORARY_NUMEL // numel, 1)
+        total = self._part(slice(0, step)).squared()
+        for start in range(step, num_samples, step):
+            total += self._part(slice(start, start + step)).squared()
+        return total
 
     def restrict(self, columns: list[int]) -> Rows:
         """Weights or bias alone."""
@@ -173,6 +175,10 @@ class FactoredRows(Rows):
         """The factors."""
         return {"a": self.a, "g": self.g, "biased": torch.tensor(self.biased, device=self.g.device)}
 
+    def _part(self, samples: slice) -> Factored:
+        a, g = self.a[:, samples], self.g[:, :, samples]
+        return Factored(a, g, self.biased, slice(0, len(a)))
+
 
 def _inner(left: Tensor, right: Tensor, itself: bool) -> Tensor:
     """`left rightᵀ`, by its symmetry where both are the same."""
@@ -182,10 +188,10 @@ def _inner(left: Tensor, right: Tensor, itself: bool) -> Tensor:
 class IndexedRows(Rows):
     """Gradients of rows of a table: which `indices (N, T)`, −1 for none, and `g (V, N, T, D)`."""
 
-    def __init__(self, g: Tensor, indices: Tensor, num_rows_of_table: Tensor) -> None:
+    def __init__(self, g: Tensor, indices: Tensor, table: int) -> None:
         self.indices = indices
         self.g = g
-        self.table = int(num_rows_of_table)
+        self.table = table
         self.num_rows = g.shape[0] * g.shape[1]
 
     def gram(self, other: Rows) -> Tensor:
@@ -214,13 +220,13 @@ class IndexedRows(Rows):
         out = weighted.new_zeros(len(weighted), self.table, weighted.shape[-1])
         return [out.index_add_(1, self.indices.clamp(min=0).flatten(), weighted)[:, None]]
 
+    def per_sample(self) -> Tensor:
+        """As the record's part does it."""
+        return _flat(self._part().per_sample())
+
     def squares(self) -> Tensor:
         """As the record's part does it."""
         return self._part().squared()
-
-    def per_sample(self) -> Tensor:
-        """`(V·N, G, O, I)`."""
-        return self._part().per_sample().transpose(1, 2).flatten(0, 1)
 
     def restrict(self, columns: list[int]) -> IndexedRows:
         """There is one parameter."""
@@ -229,7 +235,7 @@ class IndexedRows(Rows):
     def tensors(self) -> dict[str, Tensor]:
         """Indices, cotangents, and the length of the table."""
         table = torch.tensor(self.table, device=self.g.device)
-        return {"g": self.g, "indices": self.indices, "num_rows_of_table": table}
+        return {"g": self.g, "indices": self.indices, "table": table}
 
     def _part(self) -> Indexed:
         return Indexed(self.indices, self.g, self.table)
@@ -239,7 +245,7 @@ def rows_of(record: Record) -> Rows:
     """Keep whole gradients or their factors, whichever is smaller or multiplies faster."""
     part = record.single
     if isinstance(part, Indexed) and _smaller(part.g[0, 0], record):
-        return IndexedRows(part.g, part.indices, torch.tensor(part.num_rows))
+        return IndexedRows(part.g, part.indices, part.num_rows)
     if isinstance(part, Factored) and part.a is not None and _factors_pay(part):
         # A copy: the first layer's input is the user's own tensor, which may change later.
         return FactoredRows(part.a.clone(), part.g, part.biased)
@@ -253,7 +259,12 @@ def rows_of(record: Record) -> Rows:
         instead="Use fewer samples, or params=[...] without this layer.",
     )
     parts = [part.per_sample() for part in record.split(TEMPORARY_NUMEL, across_sweeps=False)]
-    return WholeRows(torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1))
+    return WholeRows(_flat(torch.cat(parts, dim=2)))
+
+
+def _flat(gradients: Tensor) -> Tensor:
+    """`(V, G, N, O, I)` to `(V·N, G, O, I)`."""
+    return gradients.transpose(1, 2).flatten(0, 1)
 
 
 def _smaller(of_sample: Tensor, record: Record) -> bool:
