@@ -16,13 +16,13 @@ ROOT = Path(neuromanifold.__file__).parent
 LEVELS = {
     name: level
     for level, names in {
-        0: "_files _progress _typing _estimate errors",
-        1: "_extras linalg",
+        0: "_files _progress _typing errors",
+        1: "_estimate _extras linalg",
         2: "likelihoods layers operators distributed",
         3: "capture estimators",
         4: "structures",
-        5: "_fisher variance",
-        6: "_forecast relative spectral meanfield optim belief apps testing",
+        5: "_fisher",
+        6: "_forecast variance relative spectral meanfield optim belief apps testing",
         7: "report",
         8: "cli",
         9: "__main__",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         report,
         structures,
         testing,
+        variance,
     )
     from neuromanifold._fisher import fisher, load
     from neuromanifold._forecast import Forecast, forecast
@@ -107,6 +108,7 @@ __all__ = [
     "report",
     "structures",
     "testing",
+    "variance",
 ]
 
 # Where each name above lives; the imports for type checkers say the same, and a test compares them.

@@ -19,7 +19,7 @@ from neuromanifold.operators.storage import load
 from neuromanifold.structures import Kronecker, Progress, Reducer, Source, Structure, per_layer
 from neuromanifold.structures.cost import within
 
-__all__ = ["fisher", "load"]
+__all__ = ["fisher", "load", "requested"]
 
 
 def fisher(
@@ -85,7 +85,7 @@ def fisher(
         >>> F.num_samples, F.num_parameters
         (32, 15)
     """
-    request = _request(
+    request = requested(
         model,
         likelihood,
         data,
@@ -106,7 +106,7 @@ def fisher(
 
 
 @contextmanager
-def _request(
+def requested(
     model: nn.Module,
     likelihood: Likelihood,
     data: Any,

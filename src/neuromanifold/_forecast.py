@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from neuromanifold._fisher import _request
+from neuromanifold._fisher import requested
 from neuromanifold.capture import Batch, Forward
 from neuromanifold.errors import TooLargeError
 from neuromanifold.estimators import Estimator
@@ -119,7 +119,7 @@ def forecast(
         >>> cost.fits, cost.statistics >= 4 * 3010  # rows of 301 numbers start 304 apart
         (True, True)
     """
-    request = _request(
+    request = requested(
         model,
         likelihood,
         data,

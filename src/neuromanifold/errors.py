@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
 __all__ = [
     "CaptureError",
     "NeuromanifoldError",
@@ -54,3 +57,28 @@ class TooLargeError(NeuromanifoldError):
         super().__init__(message)
         self.bytes_needed = bytes_needed
         self.bytes_available = bytes_available
+
+
+MOST_LISTED = 8
+
+
+def listed(names: Iterable[str], near: str | None = None) -> str:
+    """Names for a message; of many, a few, and how many more there are.
+
+    Args:
+        names: of parameters, blocks, ...
+        near: a name that was not found; the most similar ones are listed first.
+
+    Example:
+        >>> listed(["head.weight", "head.bias"])
+        "['head.weight', 'head.bias']"
+        >>> print(listed(map("layer.{}".format, range(100)), near="layers.70")[:11])
+        ['layer.70'
+    """
+    names = list(names)
+    if len(names) <= MOST_LISTED:
+        return str(names)
+    if near is not None:
+        names.sort(key=lambda name: -SequenceMatcher(None, near, name).ratio())
+    shown = ", ".join(map(repr, names[:MOST_LISTED]))
+    return f"[{shown}, ... and {len(names) - MOST_LISTED:,} more]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,12 +20,7 @@ POSITIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Model(nn.Module):
@@ -65,15 +60,72 @@ def assert_right(
 @pytest.mark.parametrize("length", [T, N], ids=["T≠N", "T=N"])
 def test_position_embeddings(positions: Callable[[Tensor], Tensor], length: int) -> None:
     model, x = Model(positions), tokens(length=length)
-    lost = length == N and positions is POSITIONS["without an axis"]
-    assert_right(model, x, x, "generic" if lost else "embedding")
-    assert_right(model, x, x, "generic" if lost else "embedding")  # by what is known of the model
+    assert_right(model, x, x, "embedding")
+    assert_right(model, x, x, "embedding")  # by what is known of the model
 
 
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 @pytest.mark.parametrize("sizes", [(4, 2), (1, 5), (5, 1)])
-def test_batches_of_any_size(sizes: tuple[int, ...]) -> None:
-    model, x = Model(), tokens()
+def test_batches_of_any_size(positions: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> None:
+    model, x = Model(positions), tokens()
     assert_right(model, [(part,) for part in x.split(sizes)], x, "embedding")
+
+
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize(
+    "shapes", [[(4, 5), (5, 5), (4, 1), (1, 1)], [(4, 1), (4, 5)], [(5, 5), (4, 5), (1, 5)]]
+)
+def test_lengths_of_one_and_of_the_number_of_samples(
+    positions: Callable[[Tensor], Tensor], shapes: list[tuple[int, int]]
+) -> None:
+    model = Model(positions)
+    batches = [tokens(*shape) for shape in shapes]
+    measured = nm.fisher(
+        model, nm.Categorical(), [(x,) for x in batches], nm.Dense(), estimator=nm.Exact()
+    )
+    expected = sum(len(x) * reference.dense_fisher(model, nm.Categorical(), x) for x in batches)
+    expected = expected / sum(map(len, batches))
+    assert (measured.to_dense() - expected).norm() <= 1e-10 * expected.norm()
+    assert measured.coverage["places.weight"].rule == "embedding"
+
+
+def test_samples_in_the_second_axis() -> None:
+    class SequenceFirst(Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            places = self.places(torch.arange(len(tokens)))[:, None]
+            return self.head(torch.tanh(self.tokens(tokens) + places)).mean(dim=0)
+
+    class BatchFirst(SequenceFirst):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens.T)
+
+    model, x = SequenceFirst(), tokens()
+    plain = BatchFirst()
+    plain.load_state_dict(model.state_dict())
+    assert_right(model, x.T, x, "generic", plain)
+
+
+def test_a_hook_that_does_not_take_a_sample_axis() -> None:
+    model, x = Model(POSITIONS["without an axis"]), tokens()
+
+    def refuse(module: nn.Module, args: object, output: Tensor) -> None:
+        assert output.ndim == 2
+
+    model.places.register_forward_hook(refuse)
+    assert_right(model, x, x, "generic")
+
+
+def test_a_module_that_is_replaced() -> None:
+    class Replaced(Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            given = self.tokens(tokens).flatten(0, 1)
+            places = self.places(given).unflatten(0, tokens.shape)
+            return self.head(torch.tanh(places))
+
+    model, x = Model(POSITIONS["without an axis"]), tokens()
+    assert_right(model, x, x, "embedding")
+    model.__class__, model.places = Replaced, nn.Linear(WIDTH, WIDTH)
+    assert_right(model, x, x, "linear")
 
 
 def test_layers_between_table_and_sum() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import neuromanifold as nm
 
@@ -15,12 +15,7 @@ N, VOCABULARY, WIDTH = 5, 6, 3
 RTOL = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Bags(nn.Module):
@@ -66,6 +61,41 @@ def test_what_can_be_differentiated_only_once_is_refused() -> None:
     F = nm.fisher(Bags(mode="max"), nm.Categorical(), inputs, nm.Implicit())
     with pytest.raises(nm.errors.UnsupportedError, match=r"only once.*nm\.Gram"):
         F @ torch.ones(F.num_parameters)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, [3, 2], batch_first=True)
+        h, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
+        return self.head(h)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "what"),
+    [(Checkpointed, (N, 4), "activation checkpointing"), (Packed, (2, 3, 4), "packs sequences")],
+)
+def test_models_that_cannot_be_transformed(
+    model: type[nn.Module], shape: tuple[int, ...], what: str
+) -> None:
+    def product() -> Tensor:
+        F = nm.fisher(model(), nm.Categorical(), torch.randn(shape), nm.Implicit())
+        return F @ torch.ones(F.num_parameters)
+
+    with pytest.raises(nm.errors.UnsupportedError, match=rf"{what}.*nm\.Gram"):
+        product()
 
 
 def test_weighted_bags() -> None:

@@ -106,6 +106,11 @@ def test_mixing_in_training_only() -> None:
         measure(model.train())
 
 
+def test_parameters_without_a_shape() -> None:
+    with pytest.raises(ValueError, match=r"0.weight.*no shape.*Call the model once"):
+        measure(nn.Sequential(nn.LazyLinear(3)))
+
+
 def test_complex_parameters() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3, dtype=torch.complex64))
     with pytest.raises(UnsupportedError, match=r"'1\.weight', '1\.bias'\] are complex"):

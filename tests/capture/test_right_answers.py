@@ -90,13 +90,7 @@ def assert_right(
     return measured
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("case", cases.CASES[::9], ids=str)
@@ -381,6 +375,30 @@ def test_keyword_only_calls() -> None:
     measured = nm.fisher(net, nm.Categorical(), {"x": x}, nm.Dense(), estimator=nm.Exact())
     same = Net(lambda net, x: net.b(net.a(x).tanh()), a=net.a, b=net.b)
     torch.testing.assert_close(measured.to_dense(), plain_fisher(same, nm.Categorical(), x))
+
+
+def test_a_shared_weight_has_every_owner_s_name() -> None:
+    net = Net(lambda net, x: net.b(net.a(x).tanh()), a=nn.Embedding(7, 4), b=nn.Linear(4, 7))
+    net.b.weight = net.a.weight
+    x = torch.randint(7, (N, T))
+    whole = nm.fisher(net, nm.Categorical(), x, nm.Dense(), estimator=nm.Exact())
+    for pattern, names in (
+        ("b.weight", ["a.weight"]),
+        ("b.*", ["a.weight", "b.bias"]),
+        ("a.*", ["a.weight"]),
+    ):
+        part = nm.fisher(net, nm.Categorical(), x, nm.Dense(), estimator=nm.Exact(), params=pattern)
+        assert list(part.layout.names) == names
+        torch.testing.assert_close(part.to_dense(), whole.restrict(names).to_dense())
+
+
+def test_keyword_calls_in_any_order() -> None:
+    """The input need not be the first keyword."""
+    net = Net(
+        lambda net, x: net.a(output_size=[9], input=x).flatten(1),
+        a=nn.ConvTranspose1d(2, 3, 3, stride=2),
+    )
+    assert_right(net, torch.randn(N, 2, 4), generic=set())
 
 
 @pytest.mark.parametrize("prepend", [False, True])

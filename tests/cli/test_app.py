@@ -110,7 +110,13 @@ def test_version():
 def test_analyze_prints_tables_and_writes_the_page(folder):
     result = run("analyze", "job.py:pair")
     assert result.exit_code == 0, result.stderr
-    for text in ("trainable parameters", "43", "trace", "Linear", "largest stable learning rate"):
+    for text in (
+        "trainable parameters",
+        "43",
+        "trace",
+        "unit-wise",
+        "largest stable learning rate",
+    ):
         assert text in result.stdout
     assert "job.py:pair" in (folder / "report.html").read_text()
     assert names(folder) == {"job.py", "report.html"}
@@ -144,6 +150,25 @@ def test_a_model_whose_outputs_never_move(folder):
 def test_samples_cuts_across_batches(folder):
     cut = json.loads(run("analyze", "job.py:loader", "--json", "--samples", "6").stdout)
     assert cut[0]["num_samples"] == 6
+
+
+def test_a_large_network_still_fits_on_a_screen(folder):
+    (folder / "deep.py").write_text(
+        "import torch, neuromanifold as nm\n"
+        "from torch import nn\n"
+        "def load():\n"
+        "    inner = [nn.Linear(2, 2) for _ in range(50)]\n"
+        "    model = nn.ModuleDict({'a_very_long_name_of_an_encoder': nn.Sequential(*inner)})\n"
+        "    model.forward = lambda x: model['a_very_long_name_of_an_encoder'](x)\n"
+        "    return model, nm.Gaussian(), torch.eye(2)\n"
+    )
+    result = run("analyze", "deep.py:load")
+    assert result.exit_code == 0, result.stderr
+    table = result.stdout.partition("layer by layer")[2]
+    assert "20 more layers, with" in table
+    assert "…" not in table
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert '"rule": "linear"' in run("analyze", "deep.py:load", "--json").stdout
 
 
 def test_a_seed_gives_the_same_numbers(folder):

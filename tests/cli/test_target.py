@@ -42,3 +42,18 @@ def test_what_follows_is_not_read():
         pytest.fail("read on")
 
     assert len(first_samples(batches(), 10)) == 1
+
+
+def test_labels_and_masks_keep_their_meaning():
+    ids, mask = Y[:, None].expand(10, 3), torch.tensor([[1, 1, 0]]).expand(10, 3)
+    [labelled] = first_samples({"input_ids": ids, "labels": ids}, 4)
+    assert labelled.as_labels
+    [masked] = first_samples({"input_ids": ids, "attention_mask": mask}, 4)
+    assert torch.equal(masked.observed, mask[:4] == 1)
+
+
+def test_what_all_samples_share_stays_whole():
+    shared = torch.eye(3)
+    [batch] = first_samples((({"adjacency": shared, "x": X},), Y), 2)
+    assert torch.equal(batch.inputs[0]["adjacency"], shared)
+    assert torch.equal(batch.inputs[0]["x"], X[:2])

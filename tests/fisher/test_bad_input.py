@@ -148,6 +148,13 @@ class Doubled(nn.Module):
             UncoveredParameterError,
             r"twice\.weight \(no rule for Bilinear\).*Pass params=",
         ),
+        (
+            lambda: measure(
+                (torch.ones(2, 3, 6, 6), torch.ones(2, 6, 6).long()), model=nn.Conv2d(3, 4, 1)
+            ),
+            ValueError,
+            r"of shape \(2, 4, 6\).* got \(2, 6, 6\).*use Categorical\(class_axis=1\)",
+        ),
         (lambda: measure(estimator=nm.Empirical()), ValueError, r"pass \(inputs, targets\)"),
         (lambda: nm.MonteCarlo(0), ValueError, r"at least 1 label per input, got 0"),
         (lambda: nm.RandomSigns(-1), ValueError, r"at least 1 probe, got -1"),

@@ -19,6 +19,7 @@ from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
+import neuromanifold as nm
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.layers import (
     Call,
@@ -242,6 +243,18 @@ def test_instance_norm_without_samples() -> None:
     module = nn.InstanceNorm1d(4, affine=True)
     with pytest.raises(UnsupportedError, match=r"2 axes.*Give it 3 axes"):
         gradients(module, randn(4, 4), randn(1, 4, 4), torch.float32)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+@pytest.mark.parametrize("params", ["*", "bias"])
+def test_convolutions_without_samples(kind: type[nn.Module], params: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"2 axes.*Give it 3 axes"):
+        nm.fisher(kind(4, 4, 1), nm.Gaussian(), randn(4, 5), nm.Diagonal(), params=params)
+
+
+def test_norm_over_samples() -> None:
+    with pytest.raises(UnsupportedError, match=r"2 axes.*Give it 3 axes"):
+        nm.fisher(nn.LayerNorm((4, 5)), nm.Gaussian(), randn(4, 5), nm.Diagonal())
 
 
 # ---- norms of Hugging Face models, known by what they compute -------------------------------

@@ -70,3 +70,22 @@ def test_roots() -> None:
     values = torch.tensor([-1e-20, 0.0, 4.0], dtype=torch.float64)
     assert psd.square_root(values).tolist() == [0.0, 0.0, 2.0]
     assert psd.inverse_square_root(0.25)(values)[:2].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [36, 144, 300])
+def test_eigenvalues_of_sparse_singular_matrices_are_found(n: int, dtype: torch.dtype) -> None:
+    """Inputs that are never active: the eigensolver alone fails on many of these in float32."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.zeros(5, n, dtype=dtype)
+        live = torch.randperm(n, generator=generator)[: n // 3]
+        x[:, live] = torch.randn(5, len(live), generator=generator, dtype=dtype).relu()
+        matrix = x.T @ x
+        values, vectors = psd.eigh(matrix)
+        tolerance = 10 * n * torch.finfo(dtype).eps * matrix.norm()
+        assert (vectors * values @ vectors.T - matrix).norm() <= tolerance
+        expected = torch.linalg.svdvals(x.double()).square()
+        assert (values.flip(0)[:5] - expected).abs().max() <= tolerance
+        assert (psd.eigenvalues(matrix) - values).abs().max() <= tolerance
+        assert values[:-5].max() <= tolerance

@@ -52,6 +52,21 @@ def test_vectors_that_do_not_fit(vector: object, error: type[Exception], message
         LAYOUT.rows(vector)
 
 
+def test_a_message_about_many_parameters_stays_short() -> None:
+    names = [f"encoder.layers.{i}.attention.weight" for i in range(500)]
+    layout = Layout(dict.fromkeys(names, (2,)))
+    with pytest.raises(ValueError, match=r"missing .* and 491 more.*F\.layout\.names") as dropped:
+        layout.flatten({names[0]: torch.ones(2)})
+    with pytest.raises(ValueError, match=r"There are: .'encoder.layers.42.attention.w") as wrong:
+        layout.restrict(["encoder.layer.42.attention.weight"])
+    assert max(len(str(dropped.value)), len(str(wrong.value))) < 1000
+
+
+def test_an_entry_without_a_gradient() -> None:
+    with pytest.raises(TypeError, match=r"'a' is no tensor but NoneType.*give zeros"):
+        Layout({"a": (2,)}).flatten({"a": None})
+
+
 def test_restrict_keeps_the_order_of_the_layout() -> None:
     assert LAYOUT.restrict(["scale", "weight"]).names == ("weight", "scale")
     assert LAYOUT.restrict("bias") == Layout({"bias": (4,)})

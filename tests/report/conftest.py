@@ -173,6 +173,23 @@ def nasty_mlp() -> dict[str, Any]:
     return deepcopy(NASTY_ANALYSIS)
 
 
+@pytest.fixture
+def deep(conv_net: dict[str, Any]) -> dict[str, Any]:
+    """A network of 60 layers; the one in the middle has the largest trace, the first the least."""
+    layer, group = conv_net["layers"][0], conv_net["diagonal"][0]
+    names = [f"encoder.layer.{depth}.attention.output.dense" for depth in range(60)]
+    traces = [1.0 + min(depth, 59 - depth) for depth in range(60)]
+    conv_net["layers"] = [
+        layer | {"name": name, "trace": trace, "share": trace / sum(traces)}
+        for name, trace in zip(names, traces, strict=True)
+    ]
+    conv_net["diagonal"] = [
+        group | {"parameter": f"{name}.weight", "quantiles": dict.fromkeys(group["quantiles"], q)}
+        for name, q in zip(names, traces, strict=True)
+    ]
+    return conv_net
+
+
 @pytest.fixture(scope="session")
 def page() -> str:
     """Both analyses as one page."""

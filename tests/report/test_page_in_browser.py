@@ -73,6 +73,14 @@ def test_names_are_text(light):
     assert '&lt;b&gt;&amp;"&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;' in light.dom
 
 
+def test_every_long_name_is_written_and_keeps_its_end(visit, deep):
+    shares, diagonal, *_ = charts(visit(render([deep], title="Deep")))
+    for depth in range(10, 50):
+        assert f">…layer.{depth}.attention.output.dense<" in shares
+    for depth in range(20, 40):
+        assert f">…{depth}.attention.output.dense.weight<" in diagonal
+
+
 def test_headline_numbers_and_axes_are_there(light):
     text = html.unescape(re.sub(r"<[^>]+>", " ", light.dom))
     for expected in (

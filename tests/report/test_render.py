@@ -135,6 +135,14 @@ def test_advice_on_a_flat_spectrum(conv_net):
     assert "The information is spread out" in text
 
 
+def test_no_advice_on_rank_where_the_samples_are_too_few(conv_net):
+    conv_net |= {"num_rows": 60}
+    text = words(render([conv_net], title="Digits"))
+    assert "34 hold 90% of it" in text
+    assert "That is 56.7% of the 60 gradients that were sent back" in text
+    assert "low-rank" not in text
+
+
 def test_a_long_spectrum_is_thinned_for_the_chart_only(conv_net):
     spectrum = conv_net["spectrum"]
     spectrum |= {"eigenvalues": [rank**-1.5 for rank in range(1, 30_001)], "count": 30_000}
@@ -222,6 +230,44 @@ def test_one_structure_that_did_not_fit(conv_net):
 def test_notes_are_shown(conv_net):
     conv_net["notes"] = ["Dense was left out: 1 TiB."]
     assert "Read with care: Dense was left out: 1 TiB." in words(render([conv_net], title="Digits"))
+
+
+# ---- many layers -----------------------------------------------------------------------------
+
+
+def drawn(page: str) -> list[list[str]]:
+    """Names in the data of each chart."""
+    charts = re.findall(r'<script type="application/json">(.*?)</script>', page, flags=re.DOTALL)
+    found = [re.findall(r'"(?:layer|parameter)": "(.*?)"', chart) for chart in charts]
+    return [list(dict.fromkeys(names)) for names in found]
+
+
+def test_charts_of_many_layers_show_as_many_as_can_be_read(deep):
+    page = render([deep], title="Deep")
+    shares, diagonal, _, _, errors, *_ = drawn(page)
+    names = [layer["name"] for layer in deep["layers"]]
+    assert shares == names[10:50]
+    assert errors == names[18:42]
+    weights = [f"{name}.weight" for name in names]
+    assert diagonal == weights[:10] + weights[20:40] + weights[50:]
+    text = words(page)
+    assert "Drawn are the 40 of 60 layers with the largest trace, 88.2% of it" in text
+    assert "the 20 parameters with the largest medians and the 20 with the smallest, of 60" in text
+
+
+def test_tables_of_many_layers_have_all(deep):
+    text = words(render([deep], title="Deep"))
+    for depth in (0, 30, 59):
+        assert text.count(f"encoder.layer.{depth}.attention.output.dense ") >= 2
+        assert f"encoder.layer.{depth}.attention.output.dense.weight " in text
+
+
+def test_the_coverage_says_how_many_parameters_each_rule_reads(conv_net):
+    conv_net["coverage"] += [
+        {**conv_net["coverage"][0], "parameter": "scale", "block": "scale", "rule": "generic"}
+    ]
+    text = words(render([conv_net], title="Digits"))
+    assert "How each of 4 parameters is read: 2 by conv2d, 1 by linear, 1 by generic" in text
 
 
 def test_nothing_to_report():

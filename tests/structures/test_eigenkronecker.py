@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import neuromanifold as nm
@@ -14,7 +13,7 @@ from neuromanifold.errors import TooLargeError, UnsupportedError
 from neuromanifold.linalg import memory
 from neuromanifold.structures.eigenkronecker import EigenKroneckerMatrix
 from neuromanifold.structures.kronecker import KroneckerMatrix
-from neuromanifold.testing import check_structure, reference, run_ranks
+from neuromanifold.testing import check_structure, reference
 from neuromanifold.testing.cases import CASES, Case
 from neuromanifold.testing.layer_cases import LAYERS
 
@@ -200,27 +199,6 @@ def test_nothing_to_rotate() -> None:
     expected = nm.fisher(model, nm.Gaussian(), x, nm.UnitWise(), generator=seeded(3))
     assert_close(F.to_dense(), expected.to_dense())
     assert F.num_samples == 11
-
-
-def _measure_shard() -> Tensor:
-    model, x = model_and_inputs()
-    part = x[:8] if dist.get_rank() == 0 else x[8:]
-    return nm.fisher(
-        model,
-        nm.Categorical(),
-        part,
-        nm.EigenKronecker(),
-        estimator=nm.Exact(),
-        reducer=nm.distributed.sum_over_ranks,
-    ).to_dense()
-
-
-def test_two_ranks_equal_one_process() -> None:
-    model, x = model_and_inputs()
-    F = nm.fisher(model, nm.Categorical(), x, nm.EigenKronecker(), estimator=nm.Exact())
-    one, other = run_ranks(_measure_shard, 2)
-    assert torch.equal(one, other)
-    assert_close(one, F.to_dense(), 1e-10)
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,7 @@ N, T, VOCABULARY, WIDTH = 6, 5, 11, 4
 RTOL = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def _double() -> None:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class LanguageModel(nn.Module):
@@ -76,6 +71,14 @@ def test_nearest_product_is_the_best_approximation_of_rank_one(terms: int) -> No
     assert close(rearranged([b], [a]), best)
     assert torch.linalg.eigvalsh(b).min() >= 0
     assert torch.linalg.eigvalsh(a).min() >= 0
+
+
+def test_nearest_product_of_terms_that_are_almost_orthogonal_and_equally_large() -> None:
+    first, second = torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([0.01, 1.0]))
+    outputs = inputs = [first[None], 1.001 * second[None]]
+    b, a = factors.nearest_product(outputs, inputs)
+    u, s, vh = torch.linalg.svd(rearranged(outputs, inputs), full_matrices=False)
+    assert close(rearranged([b], [a]), s[:, :1, None] * u[:, :, :1] * vh[:, :1])
 
 
 def test_nearest_product_of_proportional_terms_is_their_sum() -> None:

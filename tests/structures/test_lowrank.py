@@ -63,6 +63,22 @@ def test_exact_where_the_rank_suffices(case: Case) -> None:
         )
 
 
+def test_single_precision_finds_the_eigenvalues_of_a_large_model() -> None:
+    model, x = nn.Linear(20_000, 5), torch.randn(3, 20_000, generator=seeded(0))
+
+    def of(model: nn.Module, x: Tensor, structure: object) -> Tensor:
+        return nm.fisher(
+            model, nm.Gaussian(), x, structure, estimator=nm.Exact(), generator=seeded(1)
+        ).eigenvalues(10)
+
+    full, cut = of(model, x, nm.Gram()), of(model, x, LowRank(10, 0))
+    # Rounding of a product with a vector, over the share of it that lies in the test vectors.
+    rounding = 10 * torch.finfo(torch.float32).eps * 100_005**0.5 * full[0]
+    assert (of(model, x, LowRank(32)) - full).abs().max() <= rounding
+    same = of(model.double(), x.double(), LowRank(10, 0))
+    assert (cut - same).abs().max() <= rounding
+
+
 def test_below_the_rank_it_is_below_the_matrix_by_what_it_says() -> None:
     dense = nm.fisher(network(), nm.Categorical(), inputs(), nm.Dense(), estimator=nm.Exact())
     missing = torch.linalg.eigvalsh(dense.to_dense() - measure(6).to_dense())

@@ -322,6 +322,13 @@ def test_a_block_that_falls_apart_in_the_first_batch_keeps_its_structure(rest: S
         assert torch.allclose(F.restrict([name]).to_dense(), expected, rtol=1e-10)
 
 
+def test_a_shared_weight_is_found_under_the_name_that_is_measured() -> None:
+    choices = {"head.weight": nm.Kronecker(), "*": nm.Diagonal()}
+    message = r"'head.weight' is 'table.weight' under another name: match that"
+    with pytest.raises(ValueError, match=message):
+        nm.fisher(seeded(Sequence), nm.Categorical(), torch.tensor([[0, 1]]), choices)
+
+
 # ---- passes ------------------------------------------------------------------------------------
 
 

@@ -168,6 +168,43 @@ def test_a_unit_without_gradient_and_an_input_that_never_changes() -> None:
     assert residual.abs().max() <= 1e-8
 
 
+def test_weights_alone_are_inverted_without_damping() -> None:
+    x = randn(20, 3)
+    x[:, 1] = 2.0  # nothing is left of its diagonal beside the bias, which is not there
+    F = measure(linear(3, 2), x).restrict(["weight"])
+    v = randn(6, seed=6)
+    assert_close(F.solve(v, damping=0.0), torch.linalg.solve(F.to_dense(), v))
+    damped = F.to_dense() + 1e-9 * torch.eye(6).double()
+    assert_close(F.solve(v, damping=1e-9), torch.linalg.solve(damped, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_biases_whose_gradients_cancel_have_no_row(dtype: torch.dtype) -> None:
+    """A bias of attention keys does nothing; what is left of its gradients is rounding."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key, self.value = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = (x @ self.key(x).mT).softmax(dim=-1)
+            return (weights @ self.value(x)).mean(dim=1)
+
+    torch.manual_seed(0)
+    model, x = Attention().to(dtype), randn(9, 5, 4).to(dtype)
+    F = measure(model, x)
+    key, value = F.blocks
+    assert not key.row.any()
+    assert value.row.abs().min() > 0
+    exact = nm.fisher(model, nm.Categorical(), x, nm.Diagonal(), estimator=nm.Exact())
+    eps = torch.finfo(dtype).eps
+    for name, diagonal in exact.diagonal().items():
+        assert_close(F.diagonal()[name], diagonal, 100 * eps)
+    split = measure(model, [(some, None) for some in x.split(2)])
+    assert_close(split.to_dense(), F.to_dense(), 100 * eps)
+
+
 def test_float32_stays_positive() -> None:
     layer, x = linear().float(), randn(50, 4).float() * 1e-3 + 100
     values = measure(layer, x).eigenvalues()

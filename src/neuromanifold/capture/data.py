@@ -111,12 +111,6 @@ class Batch:
         mask = self.inputs.get(MASK_KEY) if isinstance(self.inputs, Mapping) else None
         return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    @property
-    def num_rows(self) -> int:
-        """Length of the first input's first axis, which usually counts the samples."""
-        leaves = (leaf for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor))
-        return next((leaf.shape[0] for leaf in leaves if leaf.ndim > 0), 0)
-
     def flatten(self, num_samples: int) -> tuple[list[Any], Callable[[list[Any]], Any], list[bool]]:
         """Flatten the inputs, telling which leaves carry the sample axis.
 

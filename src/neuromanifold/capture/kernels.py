@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["differentiable_twice", "plain_lookups"]
+__all__ = ["differentiable_twice", "plain_gradients", "plain_lookups"]
 
 
 @contextlib.contextmanager
@@ -45,6 +45,23 @@ def _load_forward_mode() -> None:
 
 
 @contextlib.contextmanager
+def plain_gradients(model: nn.Module) -> Iterator[None]:
+    """Give tables gradients that are derivatives, and dense.
+
+    With `scale_grad_by_freq`, a row's gradient is divided by how often the batch looks it up.
+    """
+    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    before = [(table.scale_grad_by_freq, table.sparse) for table in tables]
+    for table in tables:
+        table.scale_grad_by_freq = table.sparse = False
+    try:
+        yield
+    finally:
+        for table, (scale_grad_by_freq, sparse) in zip(tables, before, strict=True):
+            table.scale_grad_by_freq, table.sparse = scale_grad_by_freq, sparse
+
+
+@contextlib.contextmanager
 def plain_lookups(model: nn.Module) -> Iterator[None]:
     """Look up tables by operations whose derivatives are right in every mode.
 
@@ -66,7 +83,8 @@ def plain_lookups(model: nn.Module) -> Iterator[None]:
     for bag in bags:
         vars(bag)["forward"] = functools.partial(_bag, bag)
     try:
-        yield
+        with plain_gradients(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -136,7 +136,8 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
         uncovered: "generic" or "error".
 
     Raises:
-        ValueError: If a name matches nothing, or nothing trainable is left.
+        ValueError: If a name matches nothing, nothing trainable is left, or a measured parameter
+            is lazy.
         UnsupportedError: If the model couples samples by train-mode batch normalisation, or a
             measured parameter is complex.
     """
@@ -145,6 +146,7 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
     model = unwrap(model)
     _refuse_batch_statistics(model)
     parameters = _selected(model, params)
+    _refuse_lazy(parameters)
     _refuse_complex(parameters)
     sites: dict[str, Site] = {}
     generic: dict[str, str] = {}
@@ -216,6 +218,9 @@ def _apart(block: Block) -> list[Block]:
 
 def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Parameter]:
     parameters = dict(model.named_parameters())
+    first = {id(p): name for name, p in parameters.items()}
+    # A shared weight has a name at each of its owners, and goes by the first.
+    called = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     trainable = [name for name, p in parameters.items() if p.requires_grad]
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if params is None:
@@ -224,8 +229,9 @@ def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Pa
         patterns = [params] if isinstance(params, str) else list(params)
         selected = set()
         for pattern in patterns:
-            found = [name for name in trainable if fnmatchcase(name, pattern)]
-            if not found and any(fnmatchcase(name, pattern) for name in frozen):
+            matching = {name for alias, name in called.items() if fnmatchcase(alias, pattern)}
+            found = matching.intersection(trainable)
+            if not found and matching.intersection(frozen):
                 raise ValueError(
                     f"params names {pattern!r}, which is frozen. Call requires_grad_(True) on it "
                     f"to measure its Fisher information."
@@ -244,6 +250,15 @@ def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Pa
             "information you want."
         )
     return {name: p for name, p in parameters.items() if name in selected}
+
+
+def _refuse_lazy(parameters: dict[str, nn.Parameter]) -> None:
+    found = [name for name, p in parameters.items() if nn.parameter.is_lazy(p)]
+    if found:
+        raise ValueError(
+            f"Parameters {found} have no shape before the first forward pass. Call the model once "
+            f"with a batch, then measure it."
+        )
 
 
 def _refuse_complex(parameters: dict[str, nn.Parameter]) -> None:

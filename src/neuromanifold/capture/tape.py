@@ -10,17 +10,32 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
+from neuromanifold.capture.arrangement import (
+    ARRANGEMENTS,
+    NO_REPEATS,
+    Arrangement,
+    Known,
+    Repeats,
+    Use,
+    factors_of,
+    find,
+    given,
+    known_of,
+    remember,
+    samples_first,
+    shapes_fit,
+)
 from neuromanifold.capture.data import Batch, Forward, call_model, logits_of
 from neuromanifold.capture.generic import (
     buffers_kept,
@@ -29,43 +44,15 @@ from neuromanifold.capture.generic import (
     runs_alone,
 )
 from neuromanifold.capture.graph import Graph
+from neuromanifold.capture.kernels import plain_gradients
 from neuromanifold.capture.layout import Place, Plan
 from neuromanifold.errors import CaptureError
 from neuromanifold.layers import Call, Record, Reporter, record_of_parameter
 
 __all__ = ["Tape"]
 
-Arrangement = Literal["first", "second", "minor"]
-"""Where the samples are in a layer's input: axis 0 (possibly with positions folded in behind the
-samples), axis 1, or axis 0 with positions folded in front of the samples."""
-
-
-@dataclass
-class _Known:
-    """What earlier passes found out about a model: finding it costs two sweeps.
-
-    Attributes:
-        arrangements: where the samples are, per place, by shapes.
-        broadcast: modules whose output has no sample axis, because every sample has the same.
-    """
-
-    arrangements: dict[tuple[Any, ...], dict[Place, Arrangement]] = field(default_factory=dict)
-    broadcast: set[Place] = field(default_factory=set)
-
-
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-
-
-@dataclass
-class _Use:
-    """One call of a module during the forward pass."""
-
-    x: Tensor | None
-    version: int
-    edge: GradientEdge
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+_MEASURED_BY: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""The thread that has hooks on a model."""
 
 
 class Tape:
@@ -84,7 +71,7 @@ class Tape:
         self.plan = plan
         self._forward = forward
         self._canonical = canonical
-        self._uses: dict[Place, list[_Use]] = {}
+        self._uses: dict[Place, list[Use]] = {}
         self._unseen: set[Place] = set()
         self._arrangements: dict[Place, Arrangement] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -94,9 +81,27 @@ class Tape:
         self._num_samples = 0
         # What is known of a model holds for its own forward only.
         shared = forward is call_model
-        self._known = _KNOWN.setdefault(plan.model, _Known()) if shared else _Known()
+        self._known = known_of(plan.model) if shared else Known()
+        self._repeats = NO_REPEATS
+        measured = {id(p) for p in plan.parameters.values()}
+        self._own = {
+            place: [
+                (port.module, local, p)
+                for local, p in port.module.named_parameters(recurse=False)
+                if id(p) in measured
+            ]
+            for site in plan.sites.values()
+            for place, port in site.ports.items()
+        }
 
     def __enter__(self) -> Tape:
+        thread = threading.get_ident()
+        self._nested = self.plan.model in _MEASURED_BY
+        if _MEASURED_BY.setdefault(self.plan.model, thread) != thread:
+            raise CaptureError(
+                "The model is being measured by another thread, whose hooks are on it. Measure one "
+                "after the other, or copy.deepcopy(model) for each thread."
+            )
         for name, port in self.plan.places:
             if port == "":
                 # Before the user's own hooks, which may replace the layer's output.
@@ -123,6 +128,8 @@ class Tape:
         self._uses.clear()
         for name in self.plan.composites:
             del vars(self.plan.model.get_submodule(name))["forward"]
+        if not self._nested:
+            del _MEASURED_BY[self.plan.model]
 
     def run(self, batch: Batch) -> Tensor:
         """Forward pass of a batch: outputs `(N, ...)`, attached to the graph that sweeps follow.
@@ -158,16 +165,23 @@ class Tape:
 
     def _observe(self) -> None:
         """Run the batch, with hooks on."""
-        self._num_samples = self._batch.num_rows
+        self._given = given(self.plan.model, self._batch.inputs)
+        self._repeats = self._known.repeats.get(self._given, NO_REPEATS)
         self._outputs = self._run()
         self._num_samples = self._outputs.shape[0]
 
     def _run(self) -> Tensor:
         self._uses = {place: [] for place in self.plan.places}
         self._unseen = set()
-        kept = buffers_kept(self.plan.model)
-        with torch.enable_grad(), kept, _separate_casts(), _listening_to_hooks(self):
-            outputs = self._canonical(logits_of(self._forward(self.plan.model, self._batch.inputs)))
+        model = self.plan.model
+        with (
+            torch.enable_grad(),
+            buffers_kept(model),
+            plain_gradients(model),
+            _separate_casts(),
+            _listening_to_hooks(self),
+        ):
+            outputs = self._canonical(logits_of(self._forward(model, self._batch.inputs)))
             if outputs.is_leaf and outputs.requires_grad:  # a parameter itself: give it a graph
                 outputs = outputs.view_as(outputs)
         return outputs
@@ -255,9 +269,8 @@ class Tape:
             again = torch._C._current_graph_task_id() != -1
             if not (self._listening or again):
                 return None
-            x = args[0] if args else next(iter(kwargs.values()))
-            if place in self._known.broadcast:
-                x, output = self._repeated(x, output)
+            x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+            x, output = self._repeats(place, x, output)
             if not again:
                 self._report(place, x, output)
             return output
@@ -281,22 +294,15 @@ class Tape:
             self._unseen.add(place)
         if place not in self._uses or not output.requires_grad:
             return
+        if not all(
+            _is_in_use(p, module._parameters.get(name)) for module, name, p in self._own[place]
+        ):
+            return  # torch.func.functional_call, for one, puts something else in their place
         x = x.detach() if x is not None and self.plan.places[place] else None
         version = 0 if x is None else x._version
         edge = get_gradient_edge(_before_views(output))
-        use = _Use(x, version, edge, output.shape, output.dtype, output.device)
+        use = Use(x, version, edge, output.shape, output.dtype, output.device)
         self._uses[place].append(use)
-
-    def _repeated(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output of a layer that are the same for every sample, for each of them."""
-        num_samples = self._num_samples
-        if output.shape[0] == num_samples:
-            return x, output
-        lead = int(output.shape[0] == 1)  # a sample axis of length one, or none
-        return (
-            x.expand(num_samples, *x.shape[lead:]),
-            output.expand(num_samples, *output.shape[lead:]),
-        )
 
     def _account_for_every_use(self, graph: Graph) -> None:
         """Compare how often each parameter enters the graph with how often its module reported.
@@ -336,15 +342,18 @@ class Tape:
     # ---- which rows belong to which sample -------------------------------------------------
 
     def _find_samples(self, graph: Graph) -> None:
-        key = self._shapes(graph)
+        key = self._observed(graph)
         found = None if graph.reorders else self._known.arrangements.get(key)
         if found is None:
+            hopeless = [place for place in self._uses if not self._may_have_samples(place)]
+            if hopeless and self._find_repeats(hopeless):
+                return
             found, conclusive = self._verify_arrangements()
             missing = self._missing(found)
-            if missing and self._find_broadcast(missing):
+            if missing and self._find_repeats(missing):
                 return
             if conclusive:
-                self._known.arrangements[key] = found
+                remember(self._known.arrangements, key, found)
         for name in self._missing_sites(found):
             parameters = list(self.plan.sites[name].block.parameters)
             if self._settled:
@@ -357,22 +366,25 @@ class Tape:
             self._give_up(name, "its input rows do not belong to one sample each")
         self._arrangements = found
 
-    def _shapes(self, graph: Graph) -> tuple[Any, ...]:
+    def _observed(self, graph: Graph) -> tuple[Any, ...]:
         """What the arrangement of samples depends on."""
-        return (
-            self._outputs.shape,
-            # Layers may treat samples apart in evaluation, and mix them in training.
-            tuple(module.training for module in self.plan.model.modules()),
-            tuple(
-                (
-                    place,
-                    use.shape,
-                    None if use.x is None else use.x.shape,
-                    use.edge.node in graph.nodes,
-                )
-                for place, uses in self._uses.items()
-                for use in uses
-            ),
+        uses = tuple(
+            (
+                place,
+                use.shape,
+                None if use.x is None else use.x.shape,
+                use.edge.node in graph.nodes,
+            )
+            for place, uses in self._uses.items()
+            for use in uses
+        )
+        return (self._given, self._outputs.shape, uses)
+
+    def _may_have_samples(self, place: Place) -> bool:
+        """Whether some arrangement fits the shapes of all uses."""
+        return any(
+            all(shapes_fit(use, self._num_samples, arrangement) for use in self._uses[place])
+            for arrangement in ARRANGEMENTS
         )
 
     def _missing(self, found: dict[Place, Arrangement]) -> list[Place]:
@@ -382,60 +394,55 @@ class Tape:
         missing = set(self._missing(found))
         return [name for name, site in self.plan.sites.items() if missing & site.ports.keys()]
 
-    def _find_broadcast(self, missing: list[Place]) -> bool:
+    def _find_repeats(self, missing: list[Place]) -> bool:
         """Try whether outputs without samples are the same for every sample, as of positions.
 
         They are repeated for each sample where the module returns them; if the model still gives
         the same outputs, the gradient of each copy is that of its sample.
         """
-        trial = {place for place in missing if place[1] == ""} - self._known.broadcast
-        if not trial or self._batch.num_rows != self._num_samples:
+        rows = {p: {use.shape[0] for use in self._uses[p]} for p in missing if p[1] == ""}
+        if not rows or self._repeats is not NO_REPEATS:
             return False
         outputs, uses = self._outputs, self._uses
-        self._known.broadcast |= trial
-        try:
-            self._outputs = self._run()
-            if not differ(self._outputs, outputs, self._eps):
-                found, _ = self._verify_arrangements()
-                if not self._missing(found):
-                    self._known.arrangements[self._shapes(Graph.of(self._outputs))] = found
-                    self._arrangements = found
+        places = {place: lengths == {self._num_samples} for place, lengths in rows.items()}
+        ambiguous = any(1 in lengths for lengths in rows.values())
+        for keep_ones in (False, True) if ambiguous else (False,):
+            self._repeats = Repeats(self._num_samples, places, keep_ones)
+            try:
+                if self._repeats_change_nothing(outputs):
                     return True
-        except (RuntimeError, IndexError):
-            pass  # the model does not take them with a sample axis
-        self._known.broadcast -= trial
-        self._outputs, self._uses = outputs, uses
+            except Exception:  # the model does not take them with a sample axis
+                continue
+        self._outputs, self._uses, self._repeats = outputs, uses, NO_REPEATS
         return False
 
+    def _repeats_change_nothing(self, outputs: Tensor) -> bool:
+        """Whether the model gives the same outputs with its present repeats, samples told apart."""
+        self._outputs = self._run()
+        if differ(self._outputs, outputs, self._eps):
+            return False
+        found, conclusive = self._verify_arrangements()
+        if self._missing(found):
+            return False
+        remember(self._known.repeats, self._given, self._repeats)
+        if conclusive:
+            key = self._observed(Graph.of(self._outputs))
+            remember(self._known.arrangements, key, found)
+        self._arrangements = found
+        return True
+
     def _verify_arrangements(self) -> tuple[dict[Place, Arrangement], bool]:
-        """Find which rows of each layer belong to which sample.
-
-        Two cotangents go back, the second a multiple of the first with a factor for each sample.
-        Gradients are linear in the cotangent, so rows that depend on one sample alone come back
-        multiplied by its factor.
-
-        Returns:
-            Per place that has one, its arrangement; and whether that holds for other values too.
-            It need not where a gradient is zero, which every arrangement fits: behind weights that
-            start at zero, the gradient comes with training.
-        """
+        """Per place that has one, its arrangement; and whether that holds for other values too."""
         num_samples = self._num_samples
-        factors = _factors(num_samples).to(self._outputs)
+        factors = factors_of(num_samples).to(self._outputs)
         per_sample = math.prod(self._outputs.shape[1:])
         plain = torch.linspace(1, 2, per_sample).cos().to(self._outputs).expand(num_samples, -1)
         cotangents = torch.stack([plain, factors[:, None] * plain])
         uses = [(place, use) for place, uses in self._uses.items() for use in uses]
-        gradients = self._sweep(
-            [use for _, use in uses], cotangents.reshape(2, *self._outputs.shape)
-        )
-        candidates: dict[Place, list[Arrangement]] = {}
-        for (place, use), g in zip(uses, gradients, strict=True):
-            before = candidates.get(place, ["first", "second", "minor"])
-            candidates[place] = [a for a in before if _fits(use, g, factors, a)]
-        found = {place: fitting[0] for place, fitting in candidates.items() if fitting}
-        return found, all(g is None or bool(g.any()) for g in gradients)
+        cotangents = cotangents.reshape(2, *self._outputs.shape)
+        return find(uses, self._sweep([use for _, use in uses], cotangents), factors)
 
-    def _samples_first(self, place: Place, use: _Use, g: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _samples_first(self, place: Place, use: Use, g: Tensor) -> tuple[Tensor | None, Tensor]:
         """Input and cotangents with samples brought to the front: rows `(N·folded, ...)`."""
         if use.x is not None and use.x._version != use.version:
             raise CaptureError(
@@ -444,12 +451,12 @@ class Tape:
                 f"out-of-place."
             )
         num_samples, arrangement = self._num_samples, self._arrangements[place]
-        x = None if use.x is None else _samples_first(use.x, num_samples, arrangement, 0)
-        return x, _samples_first(g, num_samples, arrangement, 1)
+        x = None if use.x is None else samples_first(use.x, num_samples, arrangement, 0)
+        return x, samples_first(g, num_samples, arrangement, 1)
 
     # ---- the sweep -------------------------------------------------------------------------
 
-    def _sweep(self, uses: list[_Use], cotangents: Tensor) -> list[Tensor | None]:
+    def _sweep(self, uses: list[Use], cotangents: Tensor) -> list[Tensor | None]:
         """Gradients `(V, *output.shape)` at the output of each use; None where nothing arrives.
 
         One backward pass per cotangent: batching them through vmap takes as long and needs more
@@ -470,6 +477,12 @@ class Tape:
                 g = gs[0][None] if len(gs) == 1 else torch.stack(gs)
                 found.append(g.reshape(len(gs), *use.shape))  # an edge may be that of a view's base
         return found
+
+
+def _is_in_use(p: nn.Parameter, present: Tensor | None) -> bool:
+    """Whether a module computes with its parameter p, or with the whole of a sharded one."""
+    whole = hasattr(p, "full_tensor") and isinstance(present, nn.Parameter)
+    return (present is p or whole) and present is not None and present.requires_grad
 
 
 @contextlib.contextmanager
@@ -502,45 +515,3 @@ def _before_views(output: Tensor) -> Tensor:
     if base is None or base.numel() != output.numel():
         return output
     return base if base.is_contiguous() and output.is_contiguous() else output
-
-
-def _samples_first(x: Tensor, num_samples: int, arrangement: Arrangement, axis: int) -> Tensor:
-    """Bring `(..., rows, ...)` with rows at `axis` to samples major."""
-    if arrangement == "second":
-        return x.transpose(axis, axis + 1)
-    if arrangement == "minor":
-        return (
-            x.unflatten(axis, (-1, num_samples)).transpose(axis, axis + 1).flatten(axis, axis + 1)
-        )
-    return x
-
-
-def _factors(num: int) -> Tensor:
-    """Numbers ±2^k in no order, different as long as there are some: products with them are exact.
-
-    Example:
-        >>> _factors(4).unique().numel()
-        4
-    """
-    generator = torch.Generator().manual_seed(0)
-    shuffled = [torch.randperm(18, generator=generator) for _ in range(0, num, 18)]
-    choice = torch.cat(shuffled)[:num]
-    return (1 - 2 * (choice % 2)) * 2.0 ** (choice // 2 - 4)
-
-
-def _fits(use: _Use, g: Tensor | None, factors: Tensor, arrangement: Arrangement) -> bool:
-    """Whether, under an arrangement, the second gradient is the first one times the factors."""
-    num_samples = len(factors)
-    # Of a layer's input, one axis less tells the samples: indices have no features.
-    for shape, features in ((use.shape, 1), (use.shape if use.x is None else use.x.shape, 0)):
-        if arrangement == "second":
-            if len(shape) < 2 + features or shape[1] != num_samples:
-                return False
-        elif len(shape) < 1 + features or shape[0] % num_samples or shape[0] == 0:
-            return False
-    if g is None:
-        return arrangement == "first"
-    rows = _samples_first(g, num_samples, arrangement, 1).unflatten(1, (num_samples, -1)).flatten(2)
-    expected = factors[:, None].to(rows) * rows[0]
-    tolerance = torch.finfo(rows.dtype).eps ** 0.5 * expected.abs().amax(dim=1)
-    return bool(((rows[1] - expected).abs().amax(dim=1) <= tolerance).all())

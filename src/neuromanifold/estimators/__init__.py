@@ -7,7 +7,8 @@ make `Σ_v u_v u_vᵀ` the output Fisher of each sample, exactly or on average?
 from neuromanifold.estimators._base import Estimator
 from neuromanifold.estimators.empirical import Empirical
 from neuromanifold.estimators.exact import Exact
+from neuromanifold.estimators.moments import Moments
 from neuromanifold.estimators.monte_carlo import MonteCarlo
 from neuromanifold.estimators.random_signs import RandomSigns
 
-__all__ = ["Empirical", "Estimator", "Exact", "MonteCarlo", "RandomSigns"]
+__all__ = ["Empirical", "Estimator", "Exact", "Moments", "MonteCarlo", "RandomSigns"]

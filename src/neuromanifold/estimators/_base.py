@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from neuromanifold._typing import Params
+from neuromanifold.errors import UnsupportedError
+from neuromanifold.estimators.moments import Moments
 from neuromanifold.likelihoods import Likelihood
 
 __all__ = ["Estimator"]
@@ -48,6 +51,20 @@ class Estimator(ABC):
     @abstractmethod
     def num_sweeps(self, likelihood: Likelihood, outputs: Tensor) -> int:
         """V, how many cotangents a batch gets."""
+
+    def noise(self, moments: Moments) -> dict[str, Params]:
+        """Variance of the diagonal that comes from what is drawn for the N inputs, by its source.
+
+        Args:
+            moments: of the model's scores at these inputs.
+
+        Raises:
+            UnsupportedError: If the estimator has no closed form.
+        """
+        raise UnsupportedError(
+            f"The variance of {self!r} has no closed form here. Use nm.MonteCarlo(), "
+            f"nm.RandomSigns() or nm.Exact(), or estimate it from draws by nm.estimate(...)."
+        )
 
     def output_product(
         self,

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from neuromanifold._typing import Params
 from neuromanifold.estimators._base import Estimator
+from neuromanifold.estimators.moments import Moments
 from neuromanifold.likelihoods import Likelihood
 
 __all__ = ["Exact"]
@@ -46,6 +48,10 @@ class Exact(Estimator):
     def num_sweeps(self, likelihood: Likelihood, outputs: Tensor) -> int:
         """Number of columns."""
         return likelihood.num_columns(outputs)
+
+    def noise(self, moments: Moments) -> dict[str, Params]:
+        """None: nothing is drawn."""
+        return {}
 
     def output_product(
         self,

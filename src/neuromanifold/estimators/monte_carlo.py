@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuromanifold._typing import Params
 from neuromanifold.estimators._base import Estimator
+from neuromanifold.estimators.moments import Moments
 from neuromanifold.likelihoods import Likelihood
 
 __all__ = ["MonteCarlo"]
@@ -50,3 +52,8 @@ class MonteCarlo(Estimator):
     def num_sweeps(self, likelihood: Likelihood, outputs: Tensor) -> int:
         """Number of labels per input."""
         return self.samples
+
+    def noise(self, moments: Moments) -> dict[str, Params]:
+        """Of sampled labels: `E (j·z)⁴ − I²`."""
+        draws = moments.num_samples * self.samples
+        return {"labels": {name: v / draws for name, v in moments.of_label.items()}}

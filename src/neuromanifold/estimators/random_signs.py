@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuromanifold._typing import Params
 from neuromanifold.estimators._base import Estimator
+from neuromanifold.estimators.moments import Moments
 from neuromanifold.likelihoods import Likelihood
 
 __all__ = ["RandomSigns"]
@@ -53,3 +55,8 @@ class RandomSigns(Estimator):
     def num_sweeps(self, likelihood: Likelihood, outputs: Tensor) -> int:
         """Number of probes."""
         return self.probes
+
+    def noise(self, moments: Moments) -> dict[str, Params]:
+        """Of random signs: `2 I² − 2 Σ_c γ_c⁴`."""
+        draws = moments.num_samples * self.probes
+        return {"probes": {name: v / draws for name, v in moments.of_signs.items()}}

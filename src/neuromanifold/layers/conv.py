@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuromanifold.errors import UnsupportedError
 from neuromanifold.layers._base import WeightRule, register
 from neuromanifold.layers.parts import Factored
 from neuromanifold.layers.record import Call
@@ -36,6 +37,7 @@ class ConvRule(WeightRule):
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`(rows, C, *spatial)` to patches `(G, rows, T, C/G·∏k)`."""
         assert isinstance(module, Conv)
+        _require_samples(module, x.ndim)
         padding = _padding(module)
         if any(padding):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -45,6 +47,7 @@ class ConvRule(WeightRule):
     def cotangents(self, module: nn.Module, g: Tensor) -> Tensor:
         """`(V, rows, G·O, *out)` to `(V, G, rows, T, O)`."""
         assert isinstance(module, Conv)
+        _require_samples(module, g.ndim - 1)
         return _by_group(g, module.groups)
 
 
@@ -84,12 +87,24 @@ class ConvTransposeRule(WeightRule):
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """Inputs `(rows, C, *spatial)`, spread out, to patches `(G, rows, T, C/G·∏k)`."""
         assert isinstance(module, ConvTranspose)
+        _require_samples(module, x.ndim)
         return _patches(x, module, (1,) * len(module.kernel_size))
 
     def cotangents(self, module: nn.Module, g: Tensor) -> Tensor:
         """`(V, rows, G·O, *out)` to `(V, G, rows, T, O)`, the last position first."""
         assert isinstance(module, ConvTranspose)
+        _require_samples(module, g.ndim - 1)
         return _by_group(g, module.groups).flip(3)
+
+
+def _require_samples(module: Conv | ConvTranspose, ndim: int) -> None:
+    expected = 2 + len(module.kernel_size)
+    if ndim < expected:
+        raise UnsupportedError(
+            f"{type(module).__name__} takes an input of {ndim} axes for one sample without a batch "
+            f"axis, so that the rows of the batch became its channels. Give it {expected} axes: "
+            f"samples, channels, positions."
+        )
 
 
 def _by_group(g: Tensor, groups: int) -> Tensor:

@@ -80,7 +80,13 @@ def _channels(_: nn.Module, ndim: int) -> range:  # noqa: ARG001
 def _normalised_axes(module: nn.Module, ndim: int) -> range:
     """The last ones."""
     assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
-    return range(ndim - len(module.normalized_shape), ndim)
+    first = ndim - len(module.normalized_shape)
+    if first < 1:
+        raise UnsupportedError(
+            f"{module} took an input of {ndim} axes, so that it normalises over the samples, which "
+            f"couples them. Give it {ndim + 1 - first} axes at least, the samples first."
+        )
+    return range(first, ndim)
 
 
 def _layer_norm(module: nn.Module, x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 
-_TEMPORARY_NUMEL = 2**24
-"""Numbers in a temporary that a loop over units may make."""
+TEMPORARY_NUMEL = 2**24
+"""Numbers in a temporary that a loop may make."""
 
 
 class Side(ABC):
@@ -286,7 +286,7 @@ class Factored(Part):
         a = self.augmented.squeeze(2)  # (G, N, I)
         weights = self._squared_cotangents().mT  # (G, O, N)
         out = a.new_empty(*weights.shape[:2], a.shape[2], a.shape[2])
-        step = max(_TEMPORARY_NUMEL // a.numel(), 1)
+        step = max(TEMPORARY_NUMEL // a.numel(), 1)
         for start in range(0, weights.shape[1], step):
             units = slice(start, start + step)
             weighted = a.mT[:, None] * weights[:, units, None, :]  # (G, o, I, N)
@@ -343,7 +343,7 @@ class Indexed(Part):
         rows, sums = self._combined
         width = sums.shape[-1]
         out = sums.new_zeros(self.num_rows, width, width)
-        step = max(_TEMPORARY_NUMEL // width**2, 1)
+        step = max(TEMPORARY_NUMEL // width**2, 1)
         for start in range(0, len(rows), step):
             p = sums[:, start : start + step]
             out.index_add_(0, rows[start : start + step], torch.einsum("vsi,vsj->sij", p, p))

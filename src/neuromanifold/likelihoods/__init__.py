@@ -1,6 +1,6 @@
 """What a network's output means: scores, samples and output Fisher of `p(y | outputs)`."""
 
-from neuromanifold.likelihoods._base import Likelihood
+from neuromanifold.likelihoods._base import ColumnCumulants, Likelihood
 from neuromanifold.likelihoods.bernoulli import Bernoulli
 from neuromanifold.likelihoods.categorical import Categorical
 from neuromanifold.likelihoods.distribution import FromDistribution
@@ -11,6 +11,7 @@ from neuromanifold.likelihoods.poisson import Poisson
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "ColumnCumulants",
     "FromDistribution",
     "Gaussian",
     "GaussianMeanVariance",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,14 @@ from torch.distributions import Distribution
 from neuromanifold._typing import Outputs
 from neuromanifold.errors import NonFiniteError, UnsupportedError
 
-__all__ = ["Likelihood", "at_least_float32", "rademacher", "random_device", "sum_event"]
+__all__ = [
+    "ColumnCumulants",
+    "Likelihood",
+    "at_least_float32",
+    "rademacher",
+    "random_device",
+    "sum_event",
+]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -36,6 +44,25 @@ def rademacher(shape: torch.Size, outputs: Tensor, generator: torch.Generator | 
     device = random_device(generator, outputs)
     bits = torch.randint(2, shape, generator=generator, device=device)
     return bits.to(outputs).mul_(2).sub_(1)
+
+
+@dataclass(frozen=True)
+class ColumnCumulants:
+    """`κ₄(j·score) = Σ_c a_c γ_c⁴ + b Σ_k (Σ_{c in k} γ_c²)²`, with `γ_c = j · s_c` along columns.
+
+    Columns of one group k belong to one target; groups are independent.
+
+    Attributes:
+        quartic: `a (V, N)`, for V columns.
+        group: of each column, `(V,)` integers from 0.
+        num_groups: how many there are.
+        squared: b.
+    """
+
+    quartic: Tensor
+    group: Tensor
+    num_groups: int
+    squared: float
 
 
 class Likelihood(ABC):
@@ -231,6 +258,14 @@ class Likelihood(ABC):
             score = at_least_float32(self.score(outputs, targets))
             moment = moment + probability * sum_event(j * score, outputs.ndim - 1) ** 4
         return moment
+
+    def column_cumulants(self, outputs: Tensor) -> ColumnCumulants | None:
+        """The fourth cumulant of `j · score` by components along the columns, for all j at once.
+
+        Returns:
+            None where there is no such form.
+        """
+        return None
 
     def _finite_support(self, outputs: Tensor) -> tuple[Tensor, Tensor] | None:
         """All S possible targets `(S, N, *event)` and their probabilities `(S, N)`, or None.

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from neuromanifold._typing import Outputs
-from neuromanifold.likelihoods._base import Likelihood, at_least_float32, rademacher, sum_event
+from neuromanifold.likelihoods._base import (
+    ColumnCumulants,
+    Likelihood,
+    at_least_float32,
+    rademacher,
+    sum_event,
+)
 
 __all__ = ["DiagonalLikelihood"]
 
@@ -57,6 +63,16 @@ class DiagonalLikelihood(Likelihood):
         root = self._information(self.canonical(outputs).detach()).sqrt()
         for _ in range(num):
             yield (root * rademacher(root.shape, root, generator)).to(outputs.dtype)
+
+    def column_cumulants(self, outputs: Tensor) -> ColumnCumulants:
+        """Entries are independent: the excess kurtosis of each."""
+        outputs = self.canonical(outputs).detach()
+        information = self._information(outputs)
+        # No information, no column: whatever the kurtosis.
+        whitened = torch.where(information > 0, information.rsqrt(), 0)
+        quartic = self._fourth_cumulants(outputs, whitened).reshape(len(outputs), -1).T
+        group = torch.arange(len(quartic), device=quartic.device)
+        return ColumnCumulants(quartic, group, len(quartic), 0.0)
 
     def score_fourth_moment(self, outputs: Tensor, j: Tensor) -> Tensor:
         """`E (j · score)⁴`, `(..., N)`: entries are independent, so their cumulants add up."""

@@ -13,6 +13,7 @@ from torch.distributions import Distribution, Independent
 from neuromanifold._typing import Outputs
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.likelihoods._base import (
+    ColumnCumulants,
     Likelihood,
     at_least_float32,
     rademacher,
@@ -73,7 +74,14 @@ class Categorical(Likelihood):
         """Refuse targets that are no class labels of these logits: reads values."""
         outputs = self.canonical(outputs)
         num_classes = outputs.shape[self._class_axis(outputs)]
-        self._check_layout(outputs, targets, self._classes_last(outputs).shape[:-1])
+        positions = self._classes_last(outputs).shape[:-1]
+        if isinstance(targets, Tensor) and positions != targets.shape == outputs[:, 0].shape:
+            raise ValueError(
+                f"{self!r} expects targets of shape {tuple(positions)} for logits of shape "
+                f"{tuple(outputs.shape)}, got {tuple(targets.shape)}, as if the classes were on "
+                f"axis 1. If they are, use Categorical(class_axis=1)."
+            )
+        self._check_layout(outputs, targets, positions)
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise TypeError(
                 f"{self!r} expects integer class labels, got {targets.dtype}. "
@@ -202,6 +210,15 @@ class Categorical(Likelihood):
         fourth_cumulant = (p * centred**4).sum(-1) - 3 * second**2
         positions = p.ndim - 2
         return sum_event(fourth_cumulant, positions) + 3 * sum_event(second, positions) ** 2
+
+    def column_cumulants(self, outputs: Tensor) -> ColumnCumulants:
+        """Along `√p_c (e_c − p)` at position t: `Σ_c γ_c⁴ / p_c − 3 (Σ_c γ_c²)²`."""
+        p = self._probabilities(outputs).flatten(1)  # (N, T·C)
+        num_classes = outputs.shape[self._class_axis(outputs)]
+        # A class without probability has no column either.
+        quartic = torch.where(p > 0, 1 / p, 0).T
+        group = torch.arange(len(quartic), device=p.device) // num_classes
+        return ColumnCumulants(quartic, group, len(quartic) // num_classes, -3.0)
 
     def _class_axis(self, outputs: Tensor) -> int:
         """The class axis counted from the end, so that extra leading axes do not move it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from neuromanifold._typing import Outputs
-from neuromanifold.likelihoods._base import at_least_float32, random_device
+from neuromanifold.likelihoods._base import ColumnCumulants, at_least_float32, random_device
 from neuromanifold.likelihoods._diagonal import DiagonalLikelihood
 
 __all__ = ["Gaussian", "GaussianMeanVariance"]
@@ -186,6 +186,17 @@ class GaussianMeanVariance(DiagonalLikelihood):
         """Square root of the information, with a random sign on every entry."""
         for u in super().random_signs(self.canonical(outputs), num, generator=generator):
             yield _like(outputs, u)
+
+    def column_cumulants(self, outputs: OutputsT) -> ColumnCumulants:
+        """Of `a z + b (z² − 1)`, `48 b² (a² + b²)`: `12 (γ₁² + γ₂²)² − 12 γ₁⁴` for each target."""
+        stacked = self.canonical(outputs).detach()
+        entries = stacked[:, 0].reshape(len(stacked), -1)  # (N, K), the means
+        quartic = entries.new_zeros(2, entries.shape[1], len(stacked))
+        quartic[0] = -12
+        group = torch.arange(entries.shape[1], device=stacked.device).repeat(2)
+        return ColumnCumulants(
+            at_least_float32(quartic).flatten(0, 1), group, entries.shape[1], 12.0
+        )
 
     def score_fourth_moment(self, outputs: OutputsT, j: OutputsT) -> Tensor:
         """`E (j · score)⁴`, `(..., N)`; the two outputs of an entry share one target."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuromanifold.linalg import psd
+
 __all__ = ["factorise", "nystrom"]
 
 
@@ -52,14 +54,14 @@ def nystrom(test: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         >>> torch.allclose(values, a.diagonal()[:2])
         True
     """
-    # A is shifted by rounding, which makes the small matrix regular; what its decomposition finds
-    # below the shift is rounding.
-    size = torch.linalg.matrix_norm(image)
+    # A is shifted by the rounding of its image, which makes the small matrix regular; what its
+    # decomposition finds below the shift is rounding. A shift ν makes eigenvalues too small by
+    # about ν P / S, so the factor √P of the source is left out: in float32 it costs all digits.
     limits = torch.finfo(image.dtype)
-    shift = (image.shape[1] ** 0.5 * limits.eps * size).clamp(min=limits.tiny)
+    shift = (limits.eps * torch.linalg.vector_norm(image, dim=1).norm()).clamp(min=limits.tiny)
     shifted = torch.addcmul(image, test, shift)
     small = shifted @ test.T
-    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    values, vectors = psd.eigh((small + small.T) / 2)
     roots = torch.maximum(values, shift).sqrt()
     found, rows = factorise((vectors.T / roots[:, None]) @ shifted)
     found = found[:rank] - shift

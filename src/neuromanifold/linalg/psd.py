@@ -37,13 +37,28 @@ def inverse_square_root(damping: float) -> Function:
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending, rounding below zero taken as zero) and eigenvectors as columns."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.clamp(min=0), vectors
+    shifted, shift = _shifted(matrix)
+    values, vectors = torch.linalg.eigh(shifted)
+    return (values - shift).clamp(min=0), vectors
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
     """Eigenvalues in ascending order, rounding below zero taken as zero."""
-    return torch.linalg.eigvalsh(matrix).clamp(min=0)
+    shifted, shift = _shifted(matrix)
+    return (torch.linalg.eigvalsh(shifted) - shift).clamp(min=0)
+
+
+def _shifted(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix plus rounding on its diagonal, `(..., n, n)`, and how much that is, `(..., 1)`.
+
+    Where many eigenvalues are zero, as with inputs or units that are never active, LAPACK in
+    float32 may not converge, or return NaN without an error.
+    """
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    shift = torch.finfo(matrix.dtype).eps * diagonal.sum(dim=-1, keepdim=True)
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+    return shifted, shift
 
 
 def cholesky(matrix: Tensor, damping: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from neuromanifold._typing import Params
+from neuromanifold.errors import listed
 
 __all__ = ["Block", "Layout", "Slot", "Vector"]
 
@@ -73,15 +74,22 @@ class Layout:
 
         Raises:
             ValueError: If names or shapes differ from the layout's.
+            TypeError: If an entry is no tensor.
         """
         missing = [name for name in self.shapes if name not in params]
         extra = [name for name in params if name not in self.shapes]
         if missing or extra:
             raise ValueError(
-                f"The parameter dict does not match this Fisher matrix: missing {missing}, "
-                f"unknown {extra}. Expected exactly the keys {list(self.shapes)}."
+                f"The parameter dict does not match this Fisher matrix: missing {listed(missing)}, "
+                f"unknown {listed(extra)}. Expected exactly the keys that were measured, "
+                f"F.layout.names: {listed(self.shapes)}."
             )
         for name, shape in self.shapes.items():
+            if not isinstance(params[name], Tensor):
+                raise TypeError(
+                    f"{name!r} is no tensor but {type(params[name]).__name__}. A parameter that "
+                    f"the loss does not depend on has no gradient: give zeros instead."
+                )
             if tuple(params[name].shape) != tuple(shape):
                 raise ValueError(
                     f"{name!r} has shape {tuple(params[name].shape)}, expected {tuple(shape)}."
@@ -126,10 +134,13 @@ class Layout:
         """
         wanted = [names] if isinstance(names, str) else list(names)
         if not wanted:
-            raise ValueError(f"Give at least one parameter name. There are: {list(self.shapes)}.")
+            raise ValueError(f"Give at least one parameter name. There are: {listed(self.shapes)}.")
         unknown = [name for name in wanted if name not in self.shapes]
         if unknown:
-            raise ValueError(f"No parameters named {unknown}. There are: {list(self.shapes)}.")
+            raise ValueError(
+                f"No parameters named {listed(unknown)}. "
+                f"There are: {listed(self.shapes, near=unknown[0])}."
+            )
         return Layout({name: shape for name, shape in self.shapes.items() if name in wanted})
 
 

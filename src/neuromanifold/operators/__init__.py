@@ -2,7 +2,7 @@
 
 from neuromanifold.operators._base import FisherOperator, NaiveFallbackWarning, Origin
 from neuromanifold.operators.algebra import Restriction, Sum
-from neuromanifold.operators.blocks import BlockMatrix, BlockOperator, Matrices
+from neuromanifold.operators.blocks import BlockMatrix, BlockOperator, Matrices, frobenius
 from neuromanifold.operators.coverage import Coverage, CoverageEntry
 from neuromanifold.operators.direct_sum import DirectSum
 
@@ -18,4 +18,5 @@ __all__ = [
     "Origin",
     "Restriction",
     "Sum",
+    "frobenius",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neuromanifold._typing import Params
-from neuromanifold.errors import UnsupportedError
+from neuromanifold.errors import UnsupportedError, listed
 from neuromanifold.linalg import Layout, Vector, memory, psd
 from neuromanifold.operators.coverage import Coverage
 
@@ -95,7 +95,7 @@ class FisherOperator(ABC):
         """`(F + damping)⁻¹` times rows."""
         if damping == 0:
             self._require_regular()
-        return self._function(lambda values: 1 / (values + damping), rows)
+        return self._function(lambda values: (values + damping).reciprocal_(), rows)
 
     def _eigenvalues(self) -> Tensor:
         """Eigenvalues in descending order; zeros at the end may be left out."""
@@ -231,7 +231,7 @@ class FisherOperator(ABC):
         names = [entry.parameter for entry in self.coverage if entry.block == name]
         if not names:
             blocks = list(dict.fromkeys(entry.block for entry in self.coverage))
-            raise ValueError(f"There is no block {name!r}. There are: {blocks}.")
+            raise ValueError(f"There is no block {name!r}. There are: {listed(blocks, near=name)}.")
         return self.restrict(names)
 
     def restrict(self, names: Iterable[str]) -> FisherOperator:

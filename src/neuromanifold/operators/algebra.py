@@ -11,6 +11,7 @@ from torch import Tensor
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.linalg import Layout
 from neuromanifold.operators._base import FisherOperator, Origin
+from neuromanifold.operators.coverage import join
 
 __all__ = ["Restriction", "Sum", "add"]
 
@@ -29,6 +30,7 @@ def add(left: FisherOperator, right: FisherOperator) -> FisherOperator:
         )
     total = left._plus(right) or Sum([left, right], [1.0, 1.0])
     total.origin = _joint_origin([left, right])
+    total.coverage = left.coverage.joined(right.coverage)
     return total
 
 
@@ -107,16 +109,13 @@ class Restriction(FisherOperator):
 
 def _joint_origin(terms: Sequence[FisherOperator]) -> Origin:
     """What the terms share; where they differ, all of them."""
-
-    def joined(values: list[str]) -> str:
-        return " + ".join(dict.fromkeys(values))
-
     origins = [term.origin for term in terms]
     return replace(
         origins[0],
         num_samples=sum(origin.num_samples for origin in origins),
-        structure=joined([origin.structure for origin in origins]),
-        estimator=joined([origin.estimator for origin in origins]),
-        likelihood=joined([origin.likelihood for origin in origins]),
-        per=joined([origin.per for origin in origins]),
+        structure=join(origin.structure for origin in origins),
+        estimator=join(origin.estimator for origin in origins),
+        likelihood=join(origin.likelihood for origin in origins),
+        per=join(origin.per for origin in origins),
+        notes=tuple(dict.fromkeys(note for origin in origins for note in origin.notes)),
     )

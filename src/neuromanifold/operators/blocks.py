@@ -12,9 +12,9 @@ from torch import Tensor
 from neuromanifold.linalg import Block, Layout, psd
 from neuromanifold.operators._base import FisherOperator, Origin
 from neuromanifold.operators.coverage import Coverage
-from neuromanifold.operators.storage import storable
+from neuromanifold.operators.storage import storable, under
 
-__all__ = ["BlockMatrix", "BlockOperator", "Matrices"]
+__all__ = ["BlockMatrix", "BlockOperator", "Matrices", "frobenius"]
 
 
 class BlockMatrix(ABC):
@@ -72,7 +72,7 @@ class BlockMatrix(ABC):
 
     def solve(self, x: Tensor, damping: float) -> Tensor:
         """Damped inverse times vectors."""
-        return self.function(lambda values: 1 / (values + damping), x)
+        return self.function(lambda values: (values + damping).reciprocal_(), x)
 
     def dense(self) -> Tensor:
         """`(p, p)`, unit-major."""
@@ -80,6 +80,11 @@ class BlockMatrix(ABC):
         some = next(iter(self.tensors().values()))
         eye = torch.eye(p, dtype=some.dtype, device=some.device)
         return self.matmul(eye.unflatten(1, self.block.shape)).flatten(1)
+
+
+def frobenius(entries: Tensor) -> Tensor:
+    """The norm over all entries, row by row: one sum over millions loses digits in float32."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(entries, dim=-1))
 
 
 class Matrices(BlockMatrix):
@@ -93,18 +98,18 @@ class Matrices(BlockMatrix):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Batched matrix product."""
-        return self._apply(self.matrices, x)
+        return self._vectors(self.matrices @ self._columns(x), x)
 
     def function(self, function: psd.Function, x: Tensor) -> Tensor:
         """By eigendecomposition, computed once."""
         values, vectors = self._eigh
-        return self._apply(vectors * function(values)[:, None] @ vectors.mT, x)
+        moved = function(values)[..., None] * (vectors.mT @ self._columns(x))
+        return self._vectors(vectors @ moved, x)
 
     def solve(self, x: Tensor, damping: float) -> Tensor:
         """By Cholesky decomposition."""
         factor = psd.cholesky(self.matrices, damping)
-        columns = self._columns(x)
-        return torch.cholesky_solve(columns, factor).permute(2, 0, 1).reshape(x.shape)
+        return self._vectors(torch.cholesky_solve(self._columns(x), factor), x)
 
     def eigenvalues(self) -> Tensor:
         """Of all matrices."""
@@ -116,7 +121,7 @@ class Matrices(BlockMatrix):
 
     def norm(self) -> Tensor:
         """Over all entries."""
-        return torch.linalg.vector_norm(self.matrices)
+        return frobenius(self.matrices)
 
     def tensors(self) -> dict[str, Tensor]:
         """The matrices."""
@@ -139,12 +144,18 @@ class Matrices(BlockMatrix):
         keep = keep.reshape(-1, self.block.fan_in)[:, columns].flatten()
         return Matrices(block, self.matrices[:, keep[:, None], keep])
 
+    def dense(self) -> Tensor:
+        """The matrices along the diagonal."""
+        return torch.block_diag(*self.matrices)
+
     def _columns(self, x: Tensor) -> Tensor:
         """Vectors `(R, G, O, I)` as `(B, n, R)`."""
         return x.reshape(x.shape[0], *self.matrices.shape[:2]).permute(1, 2, 0)
 
-    def _apply(self, matrices: Tensor, x: Tensor) -> Tensor:
-        return (matrices @ self._columns(x)).permute(2, 0, 1).reshape(x.shape)
+    @staticmethod
+    def _vectors(columns: Tensor, like: Tensor) -> Tensor:
+        """The inverse."""
+        return columns.permute(2, 0, 1).reshape(like.shape)
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
@@ -187,6 +198,10 @@ class BlockOperator(FisherOperator):
     def _eigenvalues(self) -> Tensor:
         values = torch.cat([matrix.eigenvalues() for matrix in self.blocks])
         return values.sort(descending=True).values
+
+    def trace(self) -> Tensor:
+        """Sum of the diagonal, a scalar tensor in nats/parameter²."""
+        return torch.stack([matrix.diagonal().sum() for matrix in self.blocks]).sum()
 
     def norm(self) -> Tensor:
         """Frobenius norm, a scalar tensor in nats/parameter²."""
@@ -256,10 +271,5 @@ class BlockOperator(FisherOperator):
         blocks = []
         for i, entry in enumerate(state["blocks"]):
             block = Block.from_dict(entry["block"])
-            own = {
-                name.removeprefix(f"{i}."): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(f"{i}.")
-            }
-            blocks.append(BlockMatrix.kinds[entry["kind"]](block, **own))
+            blocks.append(BlockMatrix.kinds[entry["kind"]](block, **under(str(i), tensors)))
         return cls(layout, blocks, coverage, origin)

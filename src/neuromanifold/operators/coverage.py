@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["Coverage", "CoverageEntry"]
+__all__ = ["Coverage", "CoverageEntry", "join"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,21 @@ class CoverageEntry:
     structure: str
     exact: bool
     note: str = ""
+
+
+def _joined(one: CoverageEntry, other: CoverageEntry) -> CoverageEntry:
+    return replace(
+        one,
+        rule=join([one.rule, other.rule]),
+        structure=join([one.structure, other.structure]),
+        exact=one.exact and other.exact,
+        note=join([one.note, other.note], "; "),
+    )
+
+
+def join(texts: Iterable[str], separator: str = " + ") -> str:
+    """Texts one after the other, each once; empty ones are left out."""
+    return separator.join(dict.fromkeys(filter(None, texts)))
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,11 @@ class Coverage:
     def restrict(self, parameters: tuple[str, ...]) -> Coverage:
         """The entries of some parameters."""
         return Coverage(tuple(entry for entry in self.entries if entry.parameter in parameters))
+
+    def joined(self, other: Coverage) -> Coverage:
+        """Of the sum of two matrices: exact where both are, and what is said of either."""
+        pairs = zip(self, other, strict=True)
+        return Coverage(tuple(_joined(one, another) for one, another in pairs))
 
     def to_list(self) -> list[dict[str, Any]]:
         """Plain dicts, for JSON."""

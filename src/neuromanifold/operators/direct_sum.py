@@ -15,7 +15,7 @@ from neuromanifold.operators._base import FisherOperator, Origin
 from neuromanifold.operators.algebra import Sum
 from neuromanifold.operators.blocks import BlockOperator
 from neuromanifold.operators.coverage import Coverage
-from neuromanifold.operators.storage import restore, storable
+from neuromanifold.operators.storage import restore, storable, under
 
 __all__ = ["DirectSum", "direct_sum"]
 
@@ -165,12 +165,6 @@ class DirectSum(FisherOperator):
     ) -> DirectSum:
         parts = []
         for i, entry in enumerate(state["parts"]):
-            prefix = f"{i}."
-            own = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
             names = tuple(entry["order"])
             parts.append(
                 restore(
@@ -179,7 +173,7 @@ class DirectSum(FisherOperator):
                     coverage.restrict(names),
                     entry["origin"],
                     entry["state"],
-                    own,
+                    under(str(i), tensors),
                 )
             )
         return cls(parts, layout, coverage, origin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from neuromanifold.linalg import Layout
 from neuromanifold.operators._base import FisherOperator, Origin
 from neuromanifold.operators.coverage import Coverage
 
-__all__ = ["load", "restore", "save", "storable"]
+__all__ = ["load", "restore", "save", "storable", "under"]
 
 VERSION = 1
 # One key only: with several, safetensors writes them in an order that varies between runs.
@@ -109,6 +109,16 @@ def restore(
     """An operator of a registered kind, out of what a manifest says of it."""
     known = Origin(**origin | {"notes": tuple(origin["notes"])})
     return _KINDS[kind]._restore(layout, coverage, known, state, tensors)
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix and a dot, without these."""
+    start = f"{prefix}."
+    return {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
 
 
 def _manifest(metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ colour says so by a style that the page knows: `reference` or `ring`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 _HEIGHT = 260
 _MOST_DECADES_LABELLED = 6
-_LONGEST_LABEL = 22
+_LONGEST_LABEL = 36
 
 
 def share_bars(rows: Rows, description: str) -> Spec:
@@ -44,7 +45,7 @@ def share_bars(rows: Rows, description: str) -> Spec:
         description: read out by screen readers.
     """
     base = alt.Chart(alt.Data(values=rows)).encode(
-        y=_names("layer"),
+        y=_names("layer", rows),
         tooltip=[
             alt.Tooltip("layer:N"),
             alt.Tooltip("trace:Q", format=".3~g", title="trace (nats/param²)"),
@@ -73,7 +74,7 @@ def diagonal_quantiles(rows: Rows, description: str) -> Spec:
     title = "diagonal entry (nats per parameter²)"
     x = _log_x("xq05:Q", title, low, high)
     base = alt.Chart(alt.Data(values=shown)).encode(
-        y=_names("parameter"),
+        y=_names("parameter", rows),
         tooltip=[
             alt.Tooltip("parameter:N"),
             *(
@@ -147,7 +148,7 @@ def grouped_error_bars(rows: Rows, description: str) -> Spec:
         .mark_bar()
         .encode(
             x=_error("relative error ‖F − K‖ / ‖F‖"),
-            y=_names("layer"),
+            y=_names("layer", rows),
             yOffset=alt.YOffset("structure:N", sort=structures),
             color=alt.Color(
                 "structure:N", sort=structures, legend=alt.Legend(orient="top", title=None)
@@ -166,7 +167,7 @@ def error_bars(rows: Rows, description: str) -> Spec:
         .mark_bar()
         .encode(
             x=_error("relative error ‖F − K‖ / ‖F‖"),
-            y=_names("structure"),
+            y=_names("structure", rows),
             tooltip=["structure:N", alt.Tooltip("error:Q", format=".3~g")],
         )
     )
@@ -193,15 +194,26 @@ def _finish(chart: alt.Chart | alt.LayerChart, description: str, height: int) ->
     return spec
 
 
-def _names(field: str) -> alt.Y:
-    """An axis of names in the order of the data; of many names, as many as fit are written out.
-
-    Long names keep their end, which is what tells the layers of a network apart.
-    """
-    tail = f"slice(datum.label, length(datum.label) - {_LONGEST_LABEL - 1})"
-    label = f"length(datum.label) > {_LONGEST_LABEL} ? '…' + {tail} : datum.label"
-    axis = alt.Axis(title=field, labelOverlap=True, labelExpr=label)
+def _names(field: str, rows: Rows) -> alt.Y:
+    """An axis of names in the order of the data; long ones are abbreviated."""
+    names = dict.fromkeys(row[field] for row in rows)
+    short = {name: short_name(name) for name in names if len(name) > _LONGEST_LABEL}
+    label = f"({json.dumps(short)})[datum.label] || datum.label"
+    axis = alt.Axis(title=None, labelOverlap=True, labelExpr=label)
     return alt.Y(f"{field}:N", sort=None, axis=axis)
+
+
+def short_name(name: str) -> str:
+    """The end of a long name, which is what tells the layers of a network apart.
+
+    Example:
+        >>> short_name("bert.encoder.layer.0.attention.output.LayerNorm.weight")
+        '…0.attention.output.LayerNorm.weight'
+    """
+    if len(name) <= _LONGEST_LABEL:
+        return name
+    _, dot, whole_parts = name[-_LONGEST_LABEL - 1 :].partition(".")
+    return "…" + (whole_parts if dot else name[-_LONGEST_LABEL:])
 
 
 def _room_for(bars: int, *, each: int = 30) -> int:

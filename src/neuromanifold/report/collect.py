@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from neuromanifold._fisher import fisher
 from neuromanifold._progress import Progress, reporting
-from neuromanifold.capture import Data, buffers_kept, call_model, logits_of, unwrap
+from neuromanifold.capture import Data, buffers_kept, call_model, logits_of, plan, unwrap
 from neuromanifold.errors import TooLargeError
 from neuromanifold.estimators import Estimator, Exact, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
+from neuromanifold.linalg import memory
 from neuromanifold.operators import FisherOperator
 from neuromanifold.structures import BlockDiagonal, Diagonal, Gram, Kronecker, Structure, UnitWise
 from neuromanifold.structures.gram import GramOperator
@@ -27,6 +28,12 @@ MAX_EXACT_ROWS = 4096
 
 SAMPLED_ROWS = 512
 """How many gradients are sent back otherwise; one per sample if there are more samples."""
+
+SAMPLED_ENTRIES = 10**8
+"""Entries that all of these gradients have at most, as far as one per sample allows."""
+
+LARGEST_COMPARED = 2 * 2**30
+"""Bytes of the structures that are compared; to fill all memory is not worth an error bar."""
 
 STAGES = 5
 NUM_LEADING = 20
@@ -97,9 +104,15 @@ def collect(
         }
         matrices = {type(structure).__name__: F for structure, F in candidates.items()}
         stage()
-        layers = _layers(model, exact, matrices)
+        overlaps = {kind: _overlaps(exact, F) for kind, F in matrices.items() if F is not None}
         stage()
-        whole = {kind: None if F is None else _error(exact, F) for kind, F in matrices.items()}
+        layers = _layers(model, exact, matrices, overlaps)
+        whole = {
+            kind: None
+            if F is None
+            else _error(exact, F, torch.stack([*overlaps[kind].values()]).sum())
+            for kind, F in matrices.items()
+        }
         stage()
 
     diagonal = exact.diagonal()
@@ -158,11 +171,19 @@ class _Measure:
 
     def if_it_fits(self, structure: Structure) -> FisherOperator | None:
         """None, and a note, where the structure is too large for this model."""
+        measured = plan(self.model, None, "generic")
+        size = structure.constant_numel(measured) * measured.dtype.itemsize
         try:
-            return self(structure)
+            if size <= LARGEST_COMPARED:
+                return self(structure)
+            reason: object = (
+                f"it would keep {memory.readable(size)}, and structures are compared up to "
+                f"{memory.readable(LARGEST_COMPARED)}."
+            )
         except TooLargeError as error:
-            self.notes.append(f"{type(structure).__name__} was left out: {error}")
-            return None
+            reason = error
+        self.notes.append(f"{type(structure).__name__} was left out: {reason}")
+        return None
 
 
 def _choose_estimator(
@@ -174,14 +195,16 @@ def _choose_estimator(
         for batch in Data(data, unwrap(model)):
             outputs = likelihood.canonical(logits_of(call_model(model, batch.inputs)))
             num_samples += len(outputs)
-            columns = columns or likelihood.num_columns(outputs)
+            columns = max(columns, likelihood.num_columns(outputs))
     if num_samples * columns <= MAX_EXACT_ROWS:
         return Exact()
-    draws = max(SAMPLED_ROWS // num_samples, 1)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = min(SAMPLED_ROWS, SAMPLED_ENTRIES // max(num_parameters, 1))
+    draws = max(rows // num_samples, 1)
     note = (
         f"The exact matrix takes {num_samples * columns:,} gradients, {columns:,} for each of "
-        f"{num_samples:,} samples. Instead, {draws} for each {'was' if draws == 1 else 'were'} sent "
-        f"back, with labels drawn from the model. This leaves noise in all numbers: there are no "
+        f"{num_samples:,} samples. Here it is estimated by {draws} for each, with labels drawn "
+        f"from the model. This leaves noise in all numbers: there are no "
         f"more eigenvalues than gradients, the largest tend to be too large, and approximations "
         f"look worse than they are."
     )
@@ -192,7 +215,10 @@ def _choose_estimator(
 
 
 def _layers(
-    model: nn.Module, exact: GramOperator, matrices: dict[str, FisherOperator | None]
+    model: nn.Module,
+    exact: GramOperator,
+    matrices: dict[str, FisherOperator | None],
+    overlaps: dict[str, dict[str, Tensor]],
 ) -> list[dict[str, Any]]:
     """Per block: share of the trace, largest eigenvalue, and errors of approximations."""
     kinds = _kinds(unwrap(model), exact)
@@ -219,7 +245,9 @@ def _layers(
                 "trace_per_parameter": trace / part.num_parameters,
                 "largest_eigenvalue": float(spectrum[0]),
                 **{
-                    f"{kind.lower()}_error": None if F is None else _error(part, F.block(block))
+                    f"{kind.lower()}_error": None
+                    if F is None
+                    else _error(part, F.block(block), overlaps[kind][block])
                     for kind, F in matrices.items()
                     if kind != "BlockDiagonal"
                 },
@@ -245,17 +273,24 @@ def _kinds(model: nn.Module, exact: FisherOperator) -> dict[str, str]:
     return {block: " + ".join(names) for block, names in found.items()}
 
 
-def _error(exact: GramOperator, approximation: FisherOperator) -> float | None:
+def _overlaps(exact: GramOperator, approximation: FisherOperator) -> dict[str, Tensor]:
+    """The inner product `tr F S` of each block; blocks are all that S has."""
+    found = {}
+    for block in dict.fromkeys(entry.block for entry in exact.coverage):
+        ours, its = exact.block(block), approximation.block(block)
+        assert isinstance(ours, GramOperator)
+        # What is exact is a part of F (its diagonal, its blocks), and F minus it orthogonal to it.
+        kept_as_it_is = all(entry.exact for entry in its.coverage)
+        found[block] = its.norm().double() ** 2 if kept_as_it_is else ours.overlap(its).double()
+    return found
+
+
+def _error(exact: GramOperator, approximation: FisherOperator, overlap: Tensor) -> float | None:
     """`‖F − S‖ / ‖F‖` in Frobenius norm, without forming either matrix."""
     norm = exact.norm().double()
     if norm == 0:
         return None
-    approximate = approximation.norm().double()
-    if all(entry.exact for entry in approximation.coverage):
-        # S is a part of F (its diagonal, its blocks), so F − S is orthogonal to it.
-        squared = norm**2 - approximate**2
-    else:
-        squared = norm**2 - 2 * exact.overlap(approximation).double() + approximate**2
+    squared = norm**2 - 2 * overlap + approximation.norm().double() ** 2
     return math.sqrt(max(float(squared), 0.0)) / float(norm)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from neuromanifold.report.numerals import percent, quantity
+from collections import Counter
+
+from neuromanifold.report.numerals import counted, percent, quantity
 from neuromanifold.report.sections._base import Analysis, Table, layer_name
 
 __all__ = ["coverage", "origin"]
@@ -10,8 +12,8 @@ __all__ = ["coverage", "origin"]
 
 def origin(analysis: Analysis) -> list[str]:
     """How the numbers came about, in a few words each."""
-    words = [
-        analysis["model"]["class"],
+    words = [] if analysis["model"]["class"] == analysis["name"] else [analysis["model"]["class"]]
+    words += [
         analysis["likelihood"],
         f"estimator {analysis['estimator']}",
         analysis["dtype"],
@@ -26,6 +28,7 @@ def origin(analysis: Analysis) -> list[str]:
 
 def coverage(analysis: Analysis) -> Table | None:
     """Which rule and which structure represent each parameter."""
+    entries = analysis.get("coverage") or ()
     rows = [
         [
             entry["parameter"],
@@ -35,7 +38,12 @@ def coverage(analysis: Analysis) -> Table | None:
             "exact" if entry["exact"] else "approximate",
             entry["note"],
         ]
-        for entry in analysis.get("coverage") or ()
+        for entry in entries
     ]
+    if not rows:
+        return None
+    rules = Counter(entry["rule"] for entry in entries).most_common()
+    parts = ", ".join(f"{number} by {rule}" for rule, number in rules)
+    caption = f"How each of {counted(len(rows), 'parameter')} is read: {parts}"
     head = ("parameter", "block", "rule", "structure", "represented", "note")
-    return Table("How each parameter is represented", head, rows, num_names=6) if rows else None
+    return Table(caption, head, rows, num_names=6)

@@ -70,12 +70,20 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("page.html").render(
         title=title,
         models=models,
         drawing_library=_drawing_library(),
         version=version("neuromanifold"),
     )
+
+
+def _breakable(name: str) -> str:
+    """Markup of a name that may be broken after its dots, so that tables of long names fit."""
+    from markupsafe import Markup
+
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _check(analyses: Sequence[Mapping[str, Any]]) -> None:

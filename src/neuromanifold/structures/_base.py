@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neuromanifold.capture import Batch, Data, Forward, Plan, Tape, check_devices
-from neuromanifold.errors import NonFiniteError, TooLargeError, UnsupportedError
+from neuromanifold.errors import CaptureError, NonFiniteError, TooLargeError, UnsupportedError
 from neuromanifold.estimators import Estimator
 from neuromanifold.layers import Record
 from neuromanifold.likelihoods import Likelihood
@@ -134,9 +135,14 @@ class Source:
         return int((~torch.isfinite(outputs)).flatten(1).any(dim=1).sum())
 
     def reduce(self, tensors: list[Tensor]) -> None:
-        """Sum tensors and counts over processes."""
+        """Sum tensors and counts over processes.
+
+        Raises:
+            CaptureError: If the processes have not measured the same.
+        """
         if self.reducer is None:
             return
+        self._require_agreement(tensors)
         counts = torch.tensor(
             [self.num_samples, self.num_positions], dtype=torch.float64, device=self.device
         )
@@ -147,6 +153,22 @@ class Source:
             if value is not tensor:
                 tensor.copy_(value)
         self.num_samples, self.num_positions = (int(count) for count in counts)
+
+    def _require_agreement(self, tensors: list[Tensor]) -> None:
+        """Compare what the processes have, by a number that depends on it, before they sum it."""
+        kept = [(block.name, block.shape) for block in self.plan.blocks]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        code = float(zlib.crc32(repr((kept, shapes)).encode()) % 2**20)  # its square is exact
+        sums = torch.tensor([1.0, code, code**2], dtype=torch.float64, device=self.device)
+        assert self.reducer is not None
+        self.reducer([sums])
+        ranks, total, squares = sums.tolist()
+        if ranks * squares != total**2:
+            raise CaptureError(
+                f"The processes read the model's parameters differently, so their statistics "
+                f"cannot be summed. Here {list(self.plan.generic)} have no layer rule: is a module "
+                f"bypassed on some of the processes? Measure with params=... without its parameters."
+            )
 
     @property
     def normaliser(self) -> int:
@@ -321,7 +343,8 @@ class AdditiveStructure(Structure):
             for record in records:
                 for part in self.split(record):
                     _accumulate(sums.setdefault(record.block.name, {}), self.statistics(part))
-        source.reduce([tensor for block in sums.values() for tensor in block.values()])
+        blocks = source.plan.blocks  # an order that is the same in all processes
+        source.reduce([tensor for block in blocks for tensor in sums[block.name].values()])
         require_finite(sums)
         matrices = [
             self.assemble(block, sums[block.name], source.normaliser)

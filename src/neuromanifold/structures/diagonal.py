@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from neuromanifold.layers import Record
 from neuromanifold.linalg import Block, psd
-from neuromanifold.operators import BlockMatrix
+from neuromanifold.operators import BlockMatrix, frobenius
 from neuromanifold.structures._base import AdditiveStructure, Statistics
 
 __all__ = ["Diagonal", "DiagonalMatrix"]
@@ -64,7 +63,7 @@ class DiagonalMatrix(BlockMatrix):
 
     def norm(self) -> Tensor:
         """Over all entries."""
-        return torch.linalg.vector_norm(self.values)
+        return frobenius(self.values)
 
     def tensors(self) -> dict[str, Tensor]:
         """The entries."""

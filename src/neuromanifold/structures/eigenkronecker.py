@@ -6,7 +6,7 @@ Source: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -17,18 +17,18 @@ from neuromanifold.capture import Plan
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.layers import Factored, Indexed, Record
 from neuromanifold.linalg import Block, memory, psd
-from neuromanifold.operators import BlockMatrix, BlockOperator
+from neuromanifold.operators import BlockMatrix, BlockOperator, frobenius
 from neuromanifold.structures import factors
 from neuromanifold.structures._base import (
     RECORD_NUMEL,
     AdditiveStructure,
-    Progress,
     Source,
     Statistics,
     Structure,
 )
 from neuromanifold.structures.factors import Full
 from neuromanifold.structures.kronecker import Kronecker, KroneckerMatrix
+from neuromanifold.structures.passes import sources_of_passes
 
 __all__ = ["EigenKronecker", "EigenKroneckerMatrix"]
 
@@ -85,13 +85,7 @@ class EigenKronecker(Structure):
                 f"labels of {source.estimator!r} for other samples than the first. Use "
                 f"shuffle=False, nm.Exact(), or nm.Kronecker(), which reads the data once."
             )
-        first = replace(source, progress=_half(source.progress, 0))
-        second = replace(source, progress=_half(source.progress, 1))
-        if source.estimator.random:
-            fresh = source.frozen_randomness()
-            second.generator = fresh()
-            # The caller's own generator serves one pass, and moves on as for any structure.
-            first.generator = source.generator or fresh()
+        first, second = sources_of_passes(source, 2)
         blocks = self._kronecker().build(first).blocks
         source.num_samples, source.num_positions = first.num_samples, first.num_positions
         if any(isinstance(matrix, KroneckerMatrix) for matrix in blocks):
@@ -103,20 +97,6 @@ class EigenKronecker(Structure):
         """EigenKronecker where there would be Kronecker."""
         form, exact, note = self._kronecker().represent(block)
         return ("EigenKronecker" if form == "Kronecker" else form), exact, note
-
-
-def _half(progress: Progress | None, done: int) -> Progress | None:
-    """Progress of one of two passes as that of both, where the number of batches is known."""
-    if progress is None:
-        return None
-
-    def report(batches: int, total: int | None) -> None:
-        if total is None:
-            progress(batches, None)
-        else:
-            progress(done * total + batches, 2 * total)
-
-    return report
 
 
 class _Moments(AdditiveStructure):
@@ -175,7 +155,7 @@ def _settle_null_space(values: Tensor, vectors: Tensor) -> Tensor:
     null = values <= 10 * n * torch.finfo(values.dtype).eps * values[:, -1:]
     projector = (vectors * null[:, None]) @ vectors.mT
     fixed = torch.linspace(1, 2, n, dtype=values.dtype, device=values.device)
-    settled = torch.linalg.eigh(projector * fixed @ projector)[1]
+    _, settled = psd.eigh(projector * fixed @ projector)
     # Eigenvalues ascend: the null space comes first in the old basis, and last in the new one.
     return torch.where(null[:, None], settled.flip(-1), vectors)
 
@@ -263,7 +243,7 @@ class EigenKroneckerMatrix(BlockMatrix):
     def norm(self) -> Tensor:
         """Of the moments."""
         if self.inputs is None or not self._is_part:
-            return torch.linalg.vector_norm(self.moments)
+            return frobenius(self.moments)
         overlaps = (self.inputs.mT @ self.inputs).square()
         return (self.moments @ overlaps * self.moments).sum().sqrt()
 

@@ -95,18 +95,15 @@ def nearest_product(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tupl
         return outputs[0], inputs[0]
     b, a = _stacked(outputs), _stacked(inputs)
     gram_b, gram_a = _gram(b), _gram(a)  # (G, R, R)
-    coefficients = torch.ones_like(gram_b[..., :1])
-    for _ in range(_POWER_STEPS):
-        coefficients = gram_a @ (gram_b @ coefficients)
-        largest = coefficients.amax(dim=1, keepdim=True)
-        coefficients = coefficients / torch.where(largest > 0, largest, 1)
+    # The coefficients are the leading eigenvector of gram_a gram_b, which is not symmetric.
+    values, vectors = psd.eigh(gram_b)
+    root = vectors * psd.square_root(values)[:, None] @ vectors.mT
+    leading = psd.eigh(root @ gram_a @ root)[1][..., -1:]
+    coefficients = (gram_a @ root @ leading).abs()
     of_inputs = gram_b @ coefficients
     norm = (coefficients.mT @ of_inputs).squeeze(-1)  # (G, 1), squared norm of B
     of_inputs = of_inputs / torch.where(norm > 0, norm, 1)[..., None]
     return _combination(coefficients, b), _combination(of_inputs, a)
-
-
-_POWER_STEPS = 64
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:

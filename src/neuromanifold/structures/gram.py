@@ -16,18 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuromanifold.layers.parts import TEMPORARY_NUMEL
 from neuromanifold.linalg import Block, Layout, memory, psd
 from neuromanifold.operators import Coverage, FisherOperator, Origin
 from neuromanifold.operators.storage import storable
 from neuromanifold.structures._base import Source, Structure, require_finite, unsupported_reducer
-from neuromanifold.structures.rows import (
-    TEMPORARY_NUMEL,
-    FactoredRows,
-    IndexedRows,
-    Rows,
-    WholeRows,
-    rows_of,
-)
+from neuromanifold.structures.rows import FactoredRows, IndexedRows, Rows, WholeRows, rows_of
 
 __all__ = ["Gram", "GramOperator"]
 
@@ -290,7 +284,9 @@ class GramOperator(FisherOperator):
             if f"{prefix}.gradients" in tensors:
                 return WholeRows(tensors[f"{prefix}.gradients"])
             if f"{prefix}.indices" in tensors:
-                g, indices, table = (tensors[f"{prefix}.{name}"] for name in ("g", "indices", "table"))
+                g, indices, table = (
+                    tensors[f"{prefix}.{name}"] for name in ("g", "indices", "table")
+                )
                 return IndexedRows(g, indices, int(table))
             a, g, biased = (tensors[f"{prefix}.{name}"] for name in ("a", "g", "biased"))
             return FactoredRows(a, g, bool(biased))

@@ -5,7 +5,8 @@ Source: Schraudolph, Neural Computation 14 (2002), fast curvature matrix-vector 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -100,7 +101,7 @@ class ImplicitOperator(FisherOperator):
             def of_params(params: Params, inputs: Any = batch.inputs) -> Tensor:
                 return function(params, inputs)
 
-            with torch.no_grad(), differentiable_twice():
+            with torch.no_grad(), differentiable_twice(), _explained():
                 outputs, pull = vjp(of_params, params)[:2]
                 try:
                     pushed = _push(of_params, params, tangents)
@@ -121,6 +122,24 @@ class ImplicitOperator(FisherOperator):
     def _diagonal(self) -> Tensor:
         again = replace(self._source, generator=self._fresh(), progress=None)
         return Diagonal().build(again)._diagonal()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do about what torch.func cannot transform."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            what = "uses activation checkpointing"
+        elif "data pointer" in str(error):
+            what = "packs sequences, or calls another function of raw memory"
+        else:
+            raise
+        raise UnsupportedError(
+            f"The model {what}, which torch.func cannot differentiate for products of Implicit(). "
+            f"nm.Gram() has the same products from one pass."
+        ) from error
 
 
 def _push(

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from neuromanifold.capture import Plan
 from neuromanifold.layers import Record
+from neuromanifold.layers.parts import TEMPORARY_NUMEL
 from neuromanifold.linalg import Layout, lowrank, psd
 from neuromanifold.operators import Coverage, FisherOperator, Origin
 from neuromanifold.operators.storage import storable
 from neuromanifold.structures._base import Source, Structure, require_finite
-from neuromanifold.structures.rows import TEMPORARY_NUMEL, rows_of
+from neuromanifold.structures.rows import rows_of
 
 __all__ = ["LowRank", "LowRankOperator"]
 
@@ -85,11 +86,11 @@ class LowRank(Structure):
 
 
 def _orthonormal(num: int, source: Source) -> Tensor:
-    """Random orthonormal rows `(num, P)`, the same in every process."""
+    """Random orthonormal rows `(num, P)`, the same in every process and precision."""
     generator = torch.Generator().manual_seed(_common_seed(source))
     shape = (source.plan.layout.num_parameters, num)
-    columns = torch.randn(shape, generator=generator, dtype=source.dtype, device="cpu")
-    return torch.linalg.qr(columns.to(source.device))[0].T
+    columns = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.linalg.qr(columns.to(source.device, source.dtype))[0].T
 
 
 def _common_seed(source: Source) -> int:

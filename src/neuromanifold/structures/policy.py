@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-
 from neuromanifold.capture import Plan
 from neuromanifold.capture import plan as plan_of
 from neuromanifold.errors import TooLargeError, UnsupportedError
@@ -19,7 +17,6 @@ from neuromanifold.operators import BlockMatrix, BlockOperator, Coverage, Fisher
 from neuromanifold.operators.direct_sum import direct_sum
 from neuromanifold.structures._base import (
     AdditiveStructure,
-    Progress,
     Source,
     Statistics,
     Structure,
@@ -27,6 +24,7 @@ from neuromanifold.structures._base import (
 from neuromanifold.structures.dense import BlockDiagonal, Dense
 from neuromanifold.structures.diagonal import Diagonal
 from neuromanifold.structures.kronecker import Kronecker
+from neuromanifold.structures.passes import sources_of_passes
 
 __all__ = ["auto", "per_layer"]
 
@@ -93,19 +91,18 @@ class _Patterns:
     def __repr__(self) -> str:
         return repr(self.choices)
 
-    def assign(self, blocks: Iterable[Block]) -> dict[str, list[Block]]:
+    def assign(self, plan: Plan) -> dict[str, list[Block]]:
         """Blocks by pattern.
 
         Raises:
             ValueError: If a block is left without a pattern, or a pattern without a block.
         """
-        blocks = list(blocks)
         taken: dict[str, list[Block]] = {pattern: [] for pattern in self.choices}
-        for block in blocks:
+        for block in plan.blocks:
             taken[self.pattern(block)].append(block)
         for pattern, own in taken.items():
             if not own and pattern != "*":  # what is left over may be nothing
-                self._refuse_idle(pattern, blocks)
+                self._refuse_idle(pattern, plan)
         return {pattern: own for pattern, own in taken.items() if own}
 
     def pattern(self, block: Block) -> str:
@@ -133,8 +130,8 @@ class _Patterns:
         assert isinstance(choice, AdditiveStructure)
         return choice
 
-    def _refuse_idle(self, pattern: str, blocks: list[Block]) -> None:
-        matched = [block for block in blocks if _matched(block, pattern)]
+    def _refuse_idle(self, pattern: str, plan: Plan) -> None:
+        matched = [block for block in plan.blocks if _matched(block, pattern)]
         if matched:
             before = list(dict.fromkeys(self.pattern(block) for block in matched))
             raise ValueError(
@@ -142,22 +139,37 @@ class _Patterns:
                 f"{[block.name for block in matched]}, is taken by {before} before it. Put it "
                 f"first, or leave it out."
             )
+        shared = [
+            f"{other!r} is {name!r} under another name: match that. "
+            for other, name in _other_names(plan).items()
+            if _names(pattern, other)
+        ]
         raise ValueError(
-            f"The structure's pattern {pattern!r} matches no measured module or parameter. There "
-            f"are the blocks {[block.name for block in blocks]} with the parameters "
-            f"{[name for block in blocks for name in block.parameters]}."
+            f"The structure's pattern {pattern!r} matches no measured module or parameter. "
+            f"{''.join(shared)}There are the blocks {[block.name for block in plan.blocks]} with "
+            f"the parameters {list(plan.layout.names)}."
         )
 
 
 def _matched(block: Block, pattern: str) -> list[str]:
     """The parameters of a block that a pattern names: one by one, by a module, or by the block."""
-
-    def within(parameter: str) -> bool:
-        parts = parameter.split(".")
-        return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), 0, -1))
-
     names = list(block.parameters)
-    return names if fnmatchcase(block.name, pattern) else list(filter(within, names))
+    if fnmatchcase(block.name, pattern):
+        return names
+    return [name for name in names if _names(pattern, name)]
+
+
+def _names(pattern: str, parameter: str) -> bool:
+    """Whether a pattern matches a parameter or a module around it."""
+    parts = parameter.split(".")
+    return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), 0, -1))
+
+
+def _other_names(plan: Plan) -> dict[str, str]:
+    """Further names of parameters that modules share, and the one that is measured."""
+    name_of = {p: name for name, p in plan.model.named_parameters()}
+    everywhere = plan.model.named_parameters(remove_duplicate=False)
+    return {other: name_of[p] for other, p in everywhere if other != name_of[p]}
 
 
 class PerBlock(AdditiveStructure):
@@ -166,14 +178,14 @@ class PerBlock(AdditiveStructure):
     Args:
         name: how it is written.
         choose: the structure of a block.
-        check: is given all blocks before the data are read.
+        check: is given the plan before the data are read.
     """
 
     def __init__(
         self,
         name: str,
         choose: Callable[[Block], AdditiveStructure],
-        check: Callable[[Iterable[Block]], object] = list,
+        check: Callable[[Plan], object] | None = None,
     ) -> None:
         self._name = name
         self._choose = choose
@@ -185,7 +197,8 @@ class PerBlock(AdditiveStructure):
 
     def build(self, source: Source) -> BlockOperator:
         """Check the choices against the model, and measure."""
-        self._check(source.plan.blocks)
+        if self._check is not None:
+            self._check(source.plan)
         # By parameter: a block may turn out, in the first batch, to be several smaller ones.
         self._chosen = {
             name: choice
@@ -234,25 +247,15 @@ class _Mixed(Structure):
         Sampled labels are the same in all passes, if the data come in the same order.
         """
         passes = self._passes(source.plan)
-        generators: list[torch.Generator | None] = [source.generator] * len(passes)
         if len(passes) > 1:
             source.require_repeatable(f"The structure {self!r}")
-            if source.estimator.random:
-                fresh = source.frozen_randomness()
-                # The last pass moves the caller's generator on, as a single one would.
-                generators = [*(fresh() for _ in passes[1:]), source.generator or fresh()]
         parts = []
-        for done, (structure, names) in enumerate(passes):
-            part = replace(
-                source,
-                plan=_restricted(source.plan, names),
-                generator=generators[done],
-                progress=_one_of(source.progress, done, len(passes)),
-                num_samples=0,
-                num_positions=0,
-            )
-            parts.append(structure.build(part))
-            source.num_samples, source.num_positions = part.num_samples, part.num_positions
+        for (structure, names), one in zip(
+            passes, sources_of_passes(source, len(passes)), strict=True
+        ):
+            one.plan = _restricted(source.plan, names)
+            parts.append(structure.build(one))
+            source.num_samples, source.num_positions = one.num_samples, one.num_positions
         return direct_sum(parts, source.plan.layout, source.origin(self))
 
     def constant_numel(self, plan: Plan) -> int:
@@ -266,7 +269,7 @@ class _Mixed(Structure):
         """Structures, and the parameters that each is measured of."""
         passes: list[tuple[Structure, list[str]]] = []
         together: list[str] = []
-        for pattern, blocks in self._patterns.assign(plan.blocks).items():
+        for pattern, blocks in self._patterns.assign(plan).items():
             structure = self._patterns.choices[pattern]
             names = [name for block in blocks for name in block.parameters]
             if isinstance(structure, AdditiveStructure):
@@ -281,20 +284,6 @@ class _Mixed(Structure):
 def _restricted(whole: Plan, names: Iterable[str]) -> Plan:
     """The plan of some of the parameters."""
     return plan_of(whole.model, map(glob.escape, names), whole.uncovered)
-
-
-def _one_of(progress: Progress | None, done: int, passes: int) -> Progress | None:
-    """Progress of one pass as that of all of them, where the number of batches is known."""
-    if progress is None:
-        return None
-
-    def report(batches: int, total: int | None) -> None:
-        if total is None:
-            progress(batches, None)
-        else:
-            progress(done * total + batches, passes * total)
-
-    return report
 
 
 SHARE = 4

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuromanifold.layers import Factored, Record
+from neuromanifold.layers.parts import TEMPORARY_NUMEL
 from neuromanifold.linalg import Block, memory, psd
 from neuromanifold.operators import BlockMatrix
 from neuromanifold.structures._base import AdditiveStructure, Statistics
@@ -18,8 +19,9 @@ from neuromanifold.structures.diagonal import DiagonalMatrix
 
 __all__ = ["QuasiDiagonal", "QuasiDiagonalMatrix"]
 
-TEMPORARY_NUMEL = 2**24
-"""Numbers in the matrices of the units that are decomposed together."""
+_ROUNDINGS = 30
+"""Of the largest gradient of a unit: what is left of one that cancels is up to thirteen of them in
+attention and normalised layers."""
 
 
 class QuasiDiagonal(AdditiveStructure):
@@ -65,11 +67,14 @@ class QuasiDiagonal(AdditiveStructure):
         if "cross" not in statistics:
             return DiagonalMatrix(block, squares)
         bias = squares[..., -1:]
-        # A unit whose bias has no gradient has none at all: its row is zero, not 0/0.
-        scale = torch.where(bias > 0, bias, 1).rsqrt()
-        row = torch.cat([statistics["cross"].div_(normaliser), bias], dim=-1) * scale
+        # A bias whose gradients cancel over positions, as those of attention keys do, has rounding
+        # for a row, which may be as large as the weights' entries. It is left out: zero, not 0/0.
+        rounding = (_ROUNDINGS * torch.finfo(squares.dtype).eps) ** 2
+        seen = bias > rounding * squares.amax(dim=-1, keepdim=True)
+        row = torch.cat([statistics["cross"].div_(normaliser), bias], dim=-1)
+        row = torch.where(seen, row * torch.where(seen, bias, 1).rsqrt(), 0)
         rest = (squares - row.square()).clamp(min=0)
-        rest[..., -1] = 0
+        rest[..., -1:] = torch.where(seen, 0, bias)
         return QuasiDiagonalMatrix(block, rest, row)
 
     def numel(self, block: Block) -> int:

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from neuromanifold.layers import Factored, Indexed, Record
+from neuromanifold.layers.parts import TEMPORARY_NUMEL
 from neuromanifold.linalg import memory, psd
 
 __all__ = ["FactoredRows", "IndexedRows", "Rows", "WholeRows", "rows_of"]
-
-TEMPORARY_NUMEL = 2**24
-"""Numbers in a temporary of a Gram matrix."""
 
 
 class Rows(ABC):

@@ -202,6 +202,18 @@ def _check_fourth_moment(
     )
     along = torch.einsum("mne,rne->mrn", scores, j.reshape(*expected_shape, -1))
     _mean_is("The mean of (j · score)⁴", along**4, moment)
+    cumulants = likelihood.column_cumulants(outputs)
+    if cumulants is not None:
+        columns = torch.stack(list(likelihood.fisher_columns(outputs)))
+        columns = columns.reshape(*columns.shape[:2], -1)
+        components = torch.einsum("vne,rne->rvn", columns, j.reshape(*expected_shape, -1))
+        squares = components.square()
+        groups = squares.new_zeros(len(j), cumulants.num_groups, len(outputs))
+        groups.index_add_(1, cumulants.group, squares)
+        cumulant = (cumulants.quartic * squares.square()).sum(1)
+        cumulant += cumulants.squared * groups.square().sum(1)
+        by_columns = cumulant + 3 * squares.sum(1).square()
+        _close("column_cumulants", by_columns, moment, "score_fourth_moment")
 
 
 def _check_kind(likelihood: Any, outputs: tuple[Tensor, ...], targets: Tensor) -> None:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from neuromanifold.report import charts
 
-__all__ = ["Analysis", "Section", "Table", "code", "layer_name"]
+__all__ = ["Analysis", "Section", "Table", "code", "largest", "layer_name"]
 
 Analysis = Mapping[str, Any]
 """What `neuromanifold.report.collect` returns, or a part of it."""
@@ -63,3 +63,14 @@ def code(name: str) -> Markup:
 def layer_name(name: str) -> str:
     """The name of a layer; a model that is one layer has none of its own."""
     return name or "(root)"
+
+
+def largest(rows: Sequence[Analysis], key: str, num: int) -> list[Analysis]:
+    """The `num` rows with the largest numbers under a key, in the order that they came in.
+
+    Example:
+        >>> largest([{"x": 1}, {"x": 3}, {"x": 2}], "x", 2)
+        [{'x': 3}, {'x': 2}]
+    """
+    ranked = sorted(range(len(rows)), key=lambda i: -rows[i][key])
+    return [rows[i] for i in sorted(ranked[:num])]

@@ -9,7 +9,14 @@ from markupsafe import Markup
 
 from neuromanifold.report import charts
 from neuromanifold.report.numerals import percent, quantity
-from neuromanifold.report.sections._base import Analysis, Section, Table, code, layer_name
+from neuromanifold.report.sections._base import (
+    Analysis,
+    Section,
+    Table,
+    code,
+    largest,
+    layer_name,
+)
 
 _STRUCTURES = {
     "Kronecker": "kronecker_error",
@@ -17,6 +24,12 @@ _STRUCTURES = {
     "Diagonal": "diagonal_error",
 }
 """Structures compared layer by layer, in the order drawn, and where a layer keeps their error."""
+
+_WORTH_A_CHANGE = 0.05
+"""How much smaller another structure's error has to be for it to be recommended for a layer."""
+
+_MOST_DRAWN = 24
+"""Layers of a chart, with a bar for each structure; the table has all of them."""
 
 
 def layer_errors(analysis: Analysis) -> Section | None:
@@ -32,11 +45,19 @@ def layer_errors(analysis: Analysis) -> Section | None:
     errors = {layer: of for layer, of in errors.items() if of}
     if not errors:
         return None
+    known = [layer for layer in analysis["layers"] if layer_name(layer["name"]) in errors]
+    drawn = [layer_name(layer["name"]) for layer in largest(known, "trace", _MOST_DRAWN)]
     rows = [
         {"layer": layer, "structure": structure, "error": error}
-        for layer, of in errors.items()
-        for structure, error in of.items()
+        for layer in drawn
+        for structure, error in errors[layer].items()
     ]
+    reading = "0 is exact; at 1, the approximation K misses as much as leaving everything out."
+    if len(drawn) < len(errors):
+        reading += (
+            f" Drawn are the {len(drawn)} of {len(errors)} layers with the largest trace; the "
+            f"table has all."
+        )
     closest = {layer: min(of, key=of.__getitem__) for layer, of in errors.items()}
     leader = max(_STRUCTURES, key=list(closest.values()).count)
     says = _say_layer_errors(errors, closest, leader)
@@ -53,7 +74,7 @@ def layer_errors(analysis: Analysis) -> Section | None:
         title="Which approximation fits each layer?",
         says=says,
         advice=_advice_on_layer_errors(errors, closest, leader),
-        reading="0 is exact; at 1, the approximation K misses as much as leaving everything out.",
+        reading=reading,
         chart=charts.grouped_error_bars(rows, says.striptags()),
         table=table,
     )
@@ -82,9 +103,12 @@ def _say_layer_errors(
 def _advice_on_layer_errors(
     errors: Mapping[str, Mapping[str, float]], closest: Mapping[str, str], leader: str
 ) -> Markup:
-    others = [layer for layer, structure in closest.items() if structure != leader]
-    if others:
-        layer = max(others, key=lambda name: errors[name].get(leader, math.inf))
+    gain = {
+        layer: errors[layer].get(leader, math.inf) - errors[layer][structure]
+        for layer, structure in closest.items()
+    }
+    layer = max(gain, key=gain.__getitem__)
+    if gain[layer] > _WORTH_A_CHANGE:
         return Markup("Use {} in general, but {} for {}, where it has an error of {}.").format(
             code(f"{leader}()"),
             code(f"{closest[layer]}()"),

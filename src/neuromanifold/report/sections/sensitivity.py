@@ -8,10 +8,20 @@ from markupsafe import Markup
 
 from neuromanifold.report import charts
 from neuromanifold.report.numerals import count, percent, quantity, ratio
-from neuromanifold.report.sections._base import Analysis, Section, Table, code, layer_name
+from neuromanifold.report.sections._base import (
+    Analysis,
+    Section,
+    Table,
+    code,
+    largest,
+    layer_name,
+)
 
 _QUANTILES = {"0.05": "q05", "0.25": "q25", "0.5": "q50", "0.75": "q75", "0.95": "q95"}
 """Quantiles drawn: as an analysis names them, and as a chart does."""
+
+_MOST_DRAWN = 40
+"""Rows of a chart; of more, the names could not be read. The tables have all of them."""
 
 
 def trace_by_layer(analysis: Analysis) -> Section | None:
@@ -30,6 +40,13 @@ def trace_by_layer(analysis: Analysis) -> Section | None:
         for layer in layers
     ]
     top = max(rows, key=lambda row: row["trace_share"])
+    drawn = largest(rows, "trace", _MOST_DRAWN)
+    reading = "Bar: the layer’s share of the trace. Tick: its share of the parameters."
+    if len(drawn) < len(rows):
+        reading += (
+            f" Drawn are the {len(drawn)} of {len(rows)} layers with the largest trace, "
+            f"{percent(sum(row['trace_share'] for row in drawn))} of it; the table has all."
+        )
     says = Markup("{} holds {} of the trace with {} of the parameters.").format(
         code(top["layer"]), percent(top["trace_share"]), percent(top["parameter_share"])
     )
@@ -63,8 +80,8 @@ def trace_by_layer(analysis: Analysis) -> Section | None:
         title="Which layers do the predictions depend on?",
         says=says,
         advice=_advice_on_layers(layers),
-        reading="Bar: the layer’s share of the trace. Tick: its share of the parameters.",
-        chart=charts.share_bars(rows, says.striptags()),
+        reading=reading,
+        chart=charts.share_bars(drawn, says.striptags()),
         table=table,
     )
 
@@ -110,6 +127,7 @@ def diagonal(analysis: Analysis) -> Section | None:
         }
         for group in groups
     ]
+    drawn = _extremes(rows)
     says = _say_diagonal(groups)
     table = Table(
         "Diagonal of the Fisher matrix (nats/param²) by parameter",
@@ -126,7 +144,12 @@ def diagonal(analysis: Analysis) -> Section | None:
         ],
     )
     reading = "Thick bar: the middle half of the entries. Thin line: 5% to 95%. Tick: median."
-    if any(group["quantiles"]["0.05"] == 0 for group in groups):
+    if len(drawn) < len(rows):
+        reading += (
+            f" Drawn are the {_MOST_DRAWN // 2} parameters with the largest medians and the "
+            f"{_MOST_DRAWN // 2} with the smallest, of {len(rows)}; the table has all."
+        )
+    if any(row["q05"] == 0 for row in drawn):
         reading += " What touches the left edge includes entries of zero."
     return Section(
         key="diagonal",
@@ -134,9 +157,18 @@ def diagonal(analysis: Analysis) -> Section | None:
         says=says,
         advice=_advice_on_diagonal(groups),
         reading=reading,
-        chart=charts.diagonal_quantiles(rows, says.striptags()),
+        chart=charts.diagonal_quantiles(drawn, says.striptags()),
         table=table,
     )
+
+
+def _extremes(rows: Sequence[Analysis]) -> Sequence[Analysis]:
+    """All rows if they fit into a chart, else those with the largest and the smallest medians."""
+    if len(rows) <= _MOST_DRAWN:
+        return rows
+    ranked = sorted(range(len(rows)), key=lambda i: rows[i]["q50"])
+    half = _MOST_DRAWN // 2
+    return [rows[i] for i in sorted(ranked[:half] + ranked[-half:])]
 
 
 def _say_diagonal(groups: Sequence[Analysis]) -> Markup:

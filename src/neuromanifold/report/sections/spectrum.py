@@ -47,14 +47,19 @@ def eigenvalues(analysis: Analysis) -> Section | None:
         key="spectrum",
         title="How many directions carry the information?",
         says=says,
-        advice=_advice_on_spectrum(values, most, spectrum["total_dimension"]),
+        advice=_advice_on_spectrum(values, most, spectrum["total_dimension"], analysis["num_rows"]),
         reading=_read_spectrum(analysis),
         chart=charts.spectrum(rows, says.striptags()),
         table=table,
     )
 
 
-def _advice_on_spectrum(values: Sequence[float], most: int, total: int) -> Markup:
+def _advice_on_spectrum(values: Sequence[float], most: int, total: int, rows: int) -> Markup:
+    if rows < total and most > rows / 2:
+        return Markup(
+            "That is {} of the {} that were sent back, so the count tells how much was measured "
+            "rather than what the network is like: measure more samples before you choose a rank."
+        ).format(percent(most / rows), counted(rows, "gradient"))
     if most > total / 10:
         return Markup(
             "The information is spread out, so a low-rank approximation saves little: keep a "

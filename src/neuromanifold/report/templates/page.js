@@ -20,7 +20,7 @@
       view: { stroke: null },
       axis: {
         ...text, domainColor: line, gridColor: line, tickColor: line, ticks: false,
-        labelPadding: 6, labelLimit: 170, titlePadding: 10,
+        labelPadding: 6, labelLimit: 270, titlePadding: 10,
       },
       axisY: { titlePadding: 12 },
       legend: { ...text, symbolType: "square", symbolSize: 110, columnPadding: 18 },

@@ -1,0 +1,160 @@
+"""A value with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from neuromanifold._typing import Params
+
+__all__ = ["Estimate", "Quantity"]
+
+Quantity: TypeAlias = Tensor | Params
+"""A tensor, or one for each parameter."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value, how far it may be off, and where the error comes from.
+
+    Attributes:
+        value: the estimate.
+        variances: of the estimate, by source, of the value's kind: "data" because the inputs are a
+            sample, "labels" because labels are drawn, "probes" because random vectors are.
+        num_samples: N, inputs.
+        draws: labels or probes for each input, or in all for probes that are not bound to inputs.
+
+    Example:
+        >>> import torch
+        >>> trace = Estimate(torch.tensor(10.0), {"data": torch.tensor(0.36)}, num_samples=100)
+        >>> print(trace)
+        10.00 ± 0.60 (100 samples)
+        >>> [round(float(end), 2) for end in trace.interval()]
+        [8.82, 11.18]
+    """
+
+    value: Quantity
+    variances: Mapping[str, Quantity] = field(default_factory=dict)
+    num_samples: int = 0
+    draws: int = 1
+
+    @property
+    def stderr(self) -> Quantity:
+        """Standard error of all sources together."""
+        return _map(lambda *parts: _root(sum(parts)), *self.variances.values())
+
+    def error(self, source: str) -> Quantity:
+        """Standard error of one source.
+
+        Raises:
+            KeyError: If there is no such source; the message lists them.
+        """
+        if source not in self.variances:
+            raise KeyError(f"no error from {source!r}; there is {list(self.variances)}")
+        return _map(_root, self.variances[source])
+
+    @property
+    def relative(self) -> Quantity:
+        """Standard error over the magnitude of the value; 0 where both are zero."""
+
+        def ratio(stderr: Tensor, value: Tensor) -> Tensor:
+            return torch.where(stderr == 0, 0, stderr / value.abs())
+
+        return _map(ratio, self.stderr, self.value)
+
+    def interval(self, confidence: float = 0.95) -> tuple[Quantity, Quantity]:
+        """Ends of the interval that covers the truth with this confidence, if errors are normal.
+
+        Raises:
+            ValueError: If the confidence is not between 0 and 1.
+        """
+        width = quantile(confidence)
+        return (
+            _map(lambda value, stderr: value - width * stderr, self.value, self.stderr),
+            _map(lambda value, stderr: value + width * stderr, self.value, self.stderr),
+        )
+
+    def sum(self) -> Estimate:
+        """Not the sum of all entries: their errors are not independent.
+
+        Raises:
+            TypeError: Always; it says what to do.
+        """
+        raise TypeError(
+            "Errors of entries that come from the same draws do not add up in squares. Ask for the "
+            'sum itself: nm.estimate(..., quantity="trace").'
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: numbers, or lists of them."""
+        return {
+            "value": _plain(self.value),
+            "stderr": _plain(self.stderr),
+            "errors": {source: _plain(self.error(source)) for source in self.variances},
+            "num_samples": self.num_samples,
+            "draws": self.draws,
+        }
+
+    def __str__(self) -> str:
+        if isinstance(self.value, Tensor) and self.value.ndim == 0:
+            stderr = self.stderr
+            assert isinstance(stderr, Tensor)
+            return f"{plus_minus(float(self.value), float(stderr))} ({self.num_samples} samples)"
+        entries = self.value.values() if isinstance(self.value, Mapping) else [self.value]
+        count = sum(entry.numel() for entry in entries)
+        return f"<Estimate of {count} numbers from {self.num_samples} samples>"
+
+
+def quantile(confidence: float) -> float:
+    """How many standard errors to each side hold this share of a normal distribution.
+
+    Raises:
+        ValueError: If the confidence is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is between 0 and 1, such as 0.95; got {confidence}.")
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def plus_minus(value: float, stderr: float) -> str:
+    """A value to two digits of its error.
+
+    Example:
+        >>> plus_minus(1234.5678, 0.0321), plus_minus(1234.5678, 321.0), plus_minus(2.0, 0.0)
+        ('1234.568 ± 0.032', '1230 ± 320', '2 ± 0')
+    """
+    if stderr == 0 or not math.isfinite(stderr):
+        return f"{value:g} ± {stderr:g}"
+    digits = 1 - math.floor(math.log10(stderr))
+    if digits >= 0:
+        return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+    return f"{round(value, digits):.0f} ± {round(stderr, digits):.0f}"
+
+
+def _map(function: Callable[..., Tensor], *quantities: Quantity) -> Quantity:
+    first = quantities[0]
+    if isinstance(first, Tensor):
+        return function(*quantities)
+    return {
+        name: function(
+            *(quantity[name] for quantity in quantities if not isinstance(quantity, Tensor))
+        )
+        for name in first
+    }
+
+
+def _root(variance: Any) -> Tensor:
+    root: Tensor = torch.as_tensor(variance).clamp(min=0).sqrt()
+    return root
+
+
+def _plain(quantity: Quantity) -> Any:
+    if isinstance(quantity, Tensor):
+        return quantity.tolist()
+    return {name: value.tolist() for name, value in quantity.items()}
