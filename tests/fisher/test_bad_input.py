@@ -128,7 +128,8 @@ class Doubled(nn.Module):
         (lambda: measure(model=Returns(lambda z: (0 * z).sqrt())), NonFiniteError, r"'linear"),
         (lambda: measure(model=torch.tanh), TypeError, r"model is e.g. a torch.nn.Module; got"),
         # choices
-        (lambda: measure(params=["1.*"]), ValueError, r"'1\.\*', but no.*There are: 0\.weight"),
+        (lambda: measure(params=["1.*"]), ValueError, r"'1\.\*', but no.*There are: \['0\.weight"),
+        (lambda: measure(params=net().parameters()), TypeError, r"got a Parameter. Give names"),
         (lambda: measure(params="head.bias"), ValueError, r"'head.bias', but no parameter"),
         (lambda: measure(params=[]), ValueError, r"params is empty; name at least one"),
         (

@@ -310,7 +310,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         if isinstance(inputs, (tuple, list)):
             return model(*inputs)
         return model(inputs)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:
         error.add_note(
             f"The model was called with {_described(inputs)}. Give inputs that the "
             f"model takes: a tensor, a tuple for model(*inputs), or a mapping for model(**inputs)."

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from neuromanifold.errors import UncoveredParameterError, UnsupportedError
+from neuromanifold.errors import UncoveredParameterError, UnsupportedError, listed
 from neuromanifold.layers import CompositeRule, Port, rule_for
 from neuromanifold.linalg import Block, Layout
 
@@ -109,10 +109,10 @@ class Plan:
 
     def _refuse_uncovered(self) -> None:
         if self.uncovered == "error" and self.generic:
-            listed = "; ".join(f"{name} ({reason})" for name, reason in self.generic.items())
+            reasons = [f"{name} ({reason})" for name, reason in self.generic.items()]
             raise UncoveredParameterError(
-                f"No layer rule covers {listed}. Pass params=... without them, register a layer "
-                f'rule, or use uncovered="generic" to read them by per-sample gradients.'
+                f"No layer rule covers {listed(reasons)}. Pass params=... without them, register a "
+                f'layer rule, or use uncovered="generic" to read them by per-sample gradients.'
             )
 
 
@@ -228,6 +228,12 @@ def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Pa
     else:
         patterns = [params] if isinstance(params, str) else list(params)
         selected = set()
+        other = [pattern for pattern in patterns if not isinstance(pattern, str)]
+        if other:
+            raise TypeError(
+                f"params takes names or patterns, got a {type(other[0]).__name__}. Give names: "
+                f"[name for name, _ in model.named_parameters()]."
+            )
         for pattern in patterns:
             matching = {name for alias, name in called.items() if fnmatchcase(alias, pattern)}
             found = matching.intersection(trainable)
@@ -239,7 +245,7 @@ def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Pa
             if not found:
                 raise ValueError(
                     f"params names {pattern!r}, but no parameter is called so. "
-                    f"There are: {', '.join(trainable)}."
+                    f"There are: {listed(trainable, near=pattern)}."
                 )
             selected.update(found)
     if not selected and params is not None:

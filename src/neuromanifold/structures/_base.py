@@ -167,7 +167,7 @@ class Source:
             raise CaptureError(
                 f"The processes read the model's parameters differently, so their statistics "
                 f"cannot be summed. Here {list(self.plan.generic)} have no layer rule: is a module "
-                f"bypassed on some of the processes? Measure with params=... without its parameters."
+                f"bypassed on some of the processes? Measure with params=... without it."
             )
 
     @property
