@@ -163,19 +163,13 @@ def test_what_is_kept_is_counted() -> None:
         assert 8 * numbers <= told.statistics <= 8 * numbers * 48 / 41, structure
 
 
-def test_seconds_grow_with_batches_and_sweeps() -> None:
-    """Not how long it takes, which depends on who else computes, but what it is made of."""
+def test_seconds_are_told() -> None:
+    """How right they are is measured by `python -m benchmarks.forecast`, on an idle machine."""
     model, x = perceptron()
-
-    def seconds(data: Any, estimator: Any) -> float:
-        told = nm.forecast(model, nm.Categorical(), data, nm.Diagonal(), estimator=estimator)
-        assert told.seconds is not None
-        return told.seconds
-
-    few = seconds([(x, None)] * 2, nm.MonteCarlo(1))
-    assert few > 0
-    assert seconds([(x, None)] * 2000, nm.MonteCarlo(1)) > 20 * few
-    assert seconds([(x, None)] * 2, nm.MonteCarlo(2000)) > 20 * few
+    told = nm.forecast(model, nm.Categorical(), [(x, None)] * 2, nm.Diagonal())
+    assert told.seconds is not None
+    assert told.seconds > 0
+    assert told.batches == 2
 
 
 # ---- what cannot fit ---------------------------------------------------------------------------
