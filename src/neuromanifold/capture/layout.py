@@ -168,7 +168,8 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
     composites = {
         name: rule
         for name, module in model.named_modules()
-        if isinstance(rule := rule_for(module), CompositeRule)
+        if module._parameters
+        and isinstance(rule := rule_for(module), CompositeRule)
         # Also for layers inside, which only the rule calls as modules.
         and any(f"{module}.".startswith(f"{name}." if name else "") for module in used)
     }
@@ -184,10 +185,10 @@ def _pieces(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, 
     shared = _shared(model)
     pieces: dict[str, list[Site]] = {}
     for module_name, module in model.named_modules():
-        rule = rule_for(module)
-        own = dict(module.named_parameters(recurse=False))
+        own = {name: p for name, p in module._parameters.items() if p is not None}
         local = frozenset(name for name, p in own.items() if id(p) in names)
-        if rule is None or not local:
+        rule = rule_for(module) if local else None
+        if rule is None:
             continue
         prefix = f"{module_name}." if module_name else ""
         for piece in rule.pieces(module, module_name, local):
@@ -280,7 +281,7 @@ def _shared(model: nn.Module) -> set[int]:
     """Identities of parameters that several modules own."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
-        for p in module.parameters(recurse=False):
+        for p in module._parameters.values():
             owners.setdefault(id(p), set()).add(id(module))
     return {parameter for parameter, modules in owners.items() if len(modules) > 1}
 
