@@ -80,17 +80,6 @@ class Estimate:
             _map(lambda value, stderr: value + width * stderr, self.value, self.stderr),
         )
 
-    def sum(self) -> Estimate:
-        """Not the sum of all entries: their errors are not independent.
-
-        Raises:
-            TypeError: Always; it says what to do.
-        """
-        raise TypeError(
-            "Errors of entries that come from the same draws do not add up in squares. Ask for the "
-            'sum itself: nm.estimate(..., quantity="trace").'
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: numbers, or lists of them."""
         return {

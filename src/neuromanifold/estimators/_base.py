@@ -27,6 +27,11 @@ class Estimator(ABC):
     random: bool
     needs_targets: bool = False
 
+    @property
+    def draws(self) -> int:
+        """Labels or probes that are drawn for each input; 0 if nothing is drawn."""
+        return 0
+
     @abstractmethod
     def cotangents(
         self,

@@ -32,6 +32,11 @@ class MonteCarlo(Estimator):
     samples: int = 1
     random = True
 
+    @property
+    def draws(self) -> int:
+        """Labels for each input."""
+        return self.samples
+
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"MonteCarlo draws at least 1 label per input, got {self.samples}.")

@@ -36,6 +36,11 @@ class RandomSigns(Estimator):
     probes: int = 1
     random = True
 
+    @property
+    def draws(self) -> int:
+        """Probes for each input."""
+        return self.probes
+
     def __post_init__(self) -> None:
         if self.probes < 1:
             raise ValueError(f"RandomSigns needs at least 1 probe, got {self.probes}.")

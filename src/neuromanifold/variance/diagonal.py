@@ -102,4 +102,5 @@ def diagonal(
         found.information,
         variances,
         num_samples=found.num_samples,
+        draws=estimator.draws,
     )
