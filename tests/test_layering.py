@@ -16,16 +16,17 @@ ROOT = Path(neuromanifold.__file__).parent
 LEVELS = {
     name: level
     for level, names in {
-        0: "_files _progress _typing errors",
+        0: "_files _intervals _progress _typing errors",
         1: "_estimate _extras linalg",
         2: "likelihoods layers operators distributed",
         3: "capture estimators",
         4: "structures",
         5: "_fisher",
-        6: "_forecast variance relative spectral meanfield optim belief apps testing",
-        7: "report",
-        8: "cli",
-        9: "__main__",
+        6: "_estimation _forecast",
+        7: "variance relative spectral meanfield optim belief apps testing",
+        8: "report",
+        9: "cli",
+        10: "__main__",
     }.items()
     for name in names.split()
 }

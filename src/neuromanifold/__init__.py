@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         testing,
         variance,
     )
+    from neuromanifold._estimate import Estimate
+    from neuromanifold._estimation import Estimated, estimate
     from neuromanifold._fisher import fisher, load
     from neuromanifold._forecast import Forecast, forecast
     from neuromanifold.estimators import Empirical, Exact, MonteCarlo, RandomSigns
@@ -77,6 +79,8 @@ __all__ = [
     "Diagonal",
     "EigenKronecker",
     "Empirical",
+    "Estimate",
+    "Estimated",
     "Exact",
     "FisherOperator",
     "Forecast",
@@ -96,6 +100,7 @@ __all__ = [
     "auto",
     "distributed",
     "errors",
+    "estimate",
     "estimators",
     "fisher",
     "forecast",
@@ -113,6 +118,8 @@ __all__ = [
 
 # Where each name above lives; the imports for type checkers say the same, and a test compares them.
 _CONTENTS = {
+    "_estimate": ("Estimate",),
+    "_estimation": ("Estimated", "estimate"),
     "_fisher": ("fisher", "load"),
     "_forecast": ("Forecast", "forecast"),
     "estimators": ("Empirical", "Exact", "MonteCarlo", "RandomSigns"),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from neuromanifold._intervals import plus_minus, quantile
 from neuromanifold._typing import Params
 
 __all__ = ["Estimate", "Quantity"]
@@ -98,32 +97,6 @@ class Estimate:
         entries = self.value.values() if isinstance(self.value, Mapping) else [self.value]
         count = sum(entry.numel() for entry in entries)
         return f"<Estimate of {count} numbers from {self.num_samples} samples>"
-
-
-def quantile(confidence: float) -> float:
-    """How many standard errors to each side hold this share of a normal distribution.
-
-    Raises:
-        ValueError: If the confidence is not between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is between 0 and 1, such as 0.95; got {confidence}.")
-    return NormalDist().inv_cdf((1 + confidence) / 2)
-
-
-def plus_minus(value: float, stderr: float) -> str:
-    """A value to two digits of its error.
-
-    Example:
-        >>> plus_minus(1234.5678, 0.0321), plus_minus(1234.5678, 321.0), plus_minus(2.0, 0.0)
-        ('1234.568 ± 0.032', '1230 ± 320', '2 ± 0')
-    """
-    if stderr == 0 or not math.isfinite(stderr):
-        return f"{value:g} ± {stderr:g}"
-    digits = 1 - math.floor(math.log10(stderr))
-    if digits >= 0:
-        return f"{value:.{digits}f} ± {stderr:.{digits}f}"
-    return f"{round(value, digits):.0f} ± {round(stderr, digits):.0f}"
 
 
 def _map(function: Callable[..., Tensor], *quantities: Quantity) -> Quantity:

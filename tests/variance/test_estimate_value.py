@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from neuromanifold._estimate import Estimate, plus_minus, quantile
+from neuromanifold._estimate import Estimate
+from neuromanifold._intervals import plus_minus, quantile
 
 
 def estimate() -> Estimate:

@@ -74,6 +74,7 @@ class Tape:
         self._uses: dict[Place, list[Use]] = {}
         self._unseen: set[Place] = set()
         self._arrangements: dict[Place, Arrangement] = {}
+        self._hidden: list[tuple[dict[str, Any], Any]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._settled = False
         self._by_samples = True
@@ -112,7 +113,9 @@ class Tape:
                 )
         for name, rule in self.plan.composites.items():
             module = self.plan.model.get_submodule(name)
-            # An attribute of the object hides the method of its class until it is deleted.
+            # An attribute of the object hides the method of its class until it is deleted. There is
+            # one already while another tape on the same model is open.
+            self._hidden.append((vars(module), vars(module).get("forward")))
             vars(module)["forward"] = partial(rule.forward, module, self._reporter(name))
         return self
 
@@ -126,8 +129,12 @@ class Tape:
             handle.remove()
         self._handles.clear()
         self._uses.clear()
-        for name in self.plan.composites:
-            del vars(self.plan.model.get_submodule(name))["forward"]
+        for attributes, before in self._hidden:
+            if before is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = before
+        self._hidden.clear()
         if not self._nested:
             del _MEASURED_BY[self.plan.model]
 

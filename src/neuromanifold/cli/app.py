@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from neuromanifold import __version__
-from neuromanifold.cli.output import check_page, note, publish
+from neuromanifold.cli.output import check_page, note, publish, publish_estimate
 
 __all__ = ["app"]
 
@@ -35,6 +36,18 @@ Out = Annotated[
         dir_okay=False,
         show_default=False,
     ),
+]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE.PY:FUNCTION",
+        help="A function without arguments that returns (model, likelihood, data).",
+        show_default=False,
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Measure only the first so many samples (default: all).", min=1),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.", min=0)]
@@ -81,20 +94,10 @@ def demo(
 
 @app.command()
 def analyze(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE.PY:FUNCTION",
-            help="A function without arguments that returns (model, likelihood, data).",
-            show_default=False,
-        ),
-    ],
+    target: Target,
     out: Out = None,
     as_json: Json = False,
-    samples: Annotated[
-        int | None,
-        typer.Option(help="Measure only the first so many samples (default: all).", min=1),
-    ] = None,
+    samples: Samples = None,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
@@ -125,6 +128,71 @@ def analyze(
                 progress=sys.stderr.isatty(),
             )
         publish([analysis], title=f"Fisher information of {target}", page=page, as_json=as_json)
+
+
+class Quantity(StrEnum):
+    """What `estimate` can estimate."""
+
+    TRACE = "trace"
+    LAYERS = "layers"
+    DIAGONAL = "diagonal"
+
+
+@app.command()
+def estimate(
+    target: Target,
+    quantity: Annotated[
+        Quantity, typer.Option(help="The trace, that of each layer, or the diagonal by parameter.")
+    ] = Quantity.TRACE,
+    rtol: Annotated[
+        float, typer.Option(help="Half the width of the interval over the value, at most.")
+    ] = 0.05,
+    confidence: Annotated[
+        float, typer.Option(help="How often the interval covers the truth.")
+    ] = 0.95,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            help="File in which the draws are kept: a stopped run goes on.", dir_okay=False
+        ),
+    ] = None,
+    as_json: Json = False,
+    samples: Samples = None,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Draw labels until a number is known well enough, with its error bar.
+
+    Ctrl-C loses nothing with `--keep FILE`: the same command goes on where it stopped.
+    """
+    with _readable_errors(debug):
+        with contextlib.redirect_stdout(sys.stderr):
+            import torch
+
+            from neuromanifold._estimation import estimate as run
+            from neuromanifold.cli.target import first_samples, load_target
+
+            torch.manual_seed(seed)
+            model, likelihood, data = load_target(target)
+            try:
+                found = run(
+                    model,
+                    likelihood,
+                    data if samples is None else first_samples(data, samples),
+                    quantity.value,
+                    rtol=rtol,
+                    confidence=confidence,
+                    generator=torch.Generator().manual_seed(seed),
+                    progress=sys.stderr.isatty(),
+                    path=keep,
+                )
+            except KeyboardInterrupt:
+                if keep is not None:
+                    note(f"Stopped. What was drawn is in {keep}: the same command goes on.")
+                raise
+        publish_estimate(found, quantity.value, confidence=confidence, as_json=as_json)
+    if not found.reached:
+        raise typer.Exit(3)
 
 
 def _page(out: Path | None, as_json: bool) -> Path | None:

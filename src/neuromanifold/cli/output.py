@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
@@ -16,8 +16,12 @@ from rich.text import Text
 
 from neuromanifold._extras import require_extra
 from neuromanifold._files import atomic_path
+from neuromanifold._intervals import plus_minus, quantile
 
-__all__ = ["check_page", "note", "publish"]
+if TYPE_CHECKING:
+    from neuromanifold._estimation import Estimated
+
+__all__ = ["check_page", "note", "publish", "publish_estimate"]
 
 Analysis = Mapping[str, Any]
 """What `neuromanifold.report.collect` returns."""
@@ -62,8 +66,49 @@ def publish(analyses: Sequence[Analysis], *, title: str, page: Path | None, as_j
             console.print(text, markup=False, highlight=False)
 
 
+def publish_estimate(
+    estimate: Estimated, quantity: str, *, confidence: float, as_json: bool
+) -> None:
+    """Print what was estimated to a tolerance: a row for each number that was asked for."""
+    if as_json:
+        typer.echo(json.dumps(estimate.to_dict(), indent=2))
+        return
+    from neuromanifold._estimation import shares
+
+    names, numbers = shares(estimate)
+    table = Table(
+        title=Text(f"Fisher information: {quantity}"),
+        title_justify="left",
+        caption=Text(
+            f"{estimate.num_samples:,} inputs, {estimate.draws:,} labels for each. The interval "
+            f"covers the truth with {confidence:.0%} confidence."
+        ),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for column in ("nats/param²", "interval", "from data", "from labels"):
+        table.add_column(column, justify="right")
+    console, width = Console(), quantile(confidence)
+    for name, (square, data, drawn) in zip(names, numbers.T.tolist(), strict=True):
+        value, stderr = square**0.5, (data + drawn) ** 0.5
+        share = f"± {width * stderr / value:.1%}" if value else MISSING
+        table.add_row(
+            Text(_folded(name or quantity, console.width - WIDTH_OF_ERRORS)),
+            plus_minus(value, stderr),
+            share,
+            *(f"± {width * part**0.5 / value:.1%}" if value else MISSING for part in (data, drawn)),
+        )
+    console.print(table)
+    if not estimate.reached:
+        note(estimate.note)
+
+
 MOST_LAYERS = 30
 """Rows of a table of layers; the page and the JSON document have all of them."""
+
+WIDTH_OF_ERRORS = 62
+"""Columns of the terminal that the numbers of an estimate take."""
 
 MISSING = "–"
 """Stands for what was not measured."""
@@ -102,10 +147,17 @@ def _facts(analysis: Analysis) -> dict[str, str]:
     }
     if training := analysis["training"]:
         facts["test accuracy"] = f"{training['test_accuracy']:.1%}"
+    errors = analysis["stderr"]
+
+    def with_error(name: str) -> str:
+        error = errors.get(name)
+        value = analysis[name]
+        return number(value) if None in (error, value) else plus_minus(value, error)
+
     facts |= {
-        "trace (nats/param²)": number(analysis["trace"]),
-        "largest eigenvalue (nats/param²)": number(analysis["largest_eigenvalue"]),
-        "largest stable learning rate": number(analysis["max_learning_rate"]),
+        "trace (nats/param²)": with_error("trace"),
+        "largest eigenvalue (nats/param²)": with_error("largest_eigenvalue"),
+        "largest stable learning rate": with_error("max_learning_rate"),
     }
     spectrum = analysis["spectrum"]
     if spectrum and spectrum["eigenvalues"]:
@@ -115,7 +167,9 @@ def _facts(analysis: Analysis) -> dict[str, str]:
         facts |= {
             "the next three eigenvalues": ", ".join(map(number, others[:3])),
             "non-zero eigenvalues": f"{spectrum['count']:,}",
-            "effective dimension at λmax/100": number(dimension),
+            "effective dimension at λmax/100": number(dimension)
+            if errors.get("effective_dimension") is None
+            else plus_minus(dimension, errors["effective_dimension"]),
         }
     for structure, error in (analysis["whole_errors"] or {}).items():
         facts[f"relative error of {structure}"] = number(error)

@@ -71,6 +71,14 @@ class Estimator(ABC):
             f"nm.RandomSigns() or nm.Exact(), or estimate it from draws by nm.estimate(...)."
         )
 
+    def noise_bounds(self, moments: Moments) -> dict[str, Params]:
+        """Upper bounds on `noise`, for the sources that have one.
+
+        Args:
+            moments: with the bound on the fourth cumulant.
+        """
+        return {}
+
     def output_product(
         self,
         likelihood: Likelihood,

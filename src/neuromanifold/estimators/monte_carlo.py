@@ -62,3 +62,8 @@ class MonteCarlo(Estimator):
         """Of sampled labels: `E (j·z)⁴ − I²`."""
         draws = moments.num_samples * self.samples
         return {"labels": {name: v / draws for name, v in moments.of_label.items()}}
+
+    def noise_bounds(self, moments: Moments) -> dict[str, Params]:
+        """Of sampled labels."""
+        draws = moments.num_samples * self.samples
+        return {"labels": {name: v / draws for name, v in moments.of_label_at_most.items()}}

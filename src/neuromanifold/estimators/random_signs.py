@@ -23,7 +23,8 @@ __all__ = ["RandomSigns"]
 class RandomSigns(Estimator):
     """Unbiased: each sweep sends back all columns of the output Fisher at once, with random signs.
 
-    Costs what sampled labels cost, and varies less for most parameters.
+    Costs what sampled labels cost. Once a classifier is trained it varies far less; before, it may
+    vary more (see `nm.variance.compare`).
 
     Example:
         >>> import torch, neuromanifold as nm

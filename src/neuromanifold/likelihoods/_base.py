@@ -57,12 +57,15 @@ class ColumnCumulants:
         group: of each column, `(V,)` integers from 0.
         num_groups: how many there are.
         squared: b.
+        classes: whether columns are `√p_c (e_c − p)` for the classes c of a label, `a = 1 / p_c`,
+            those of one label side by side. Then `√a_c γ_c` is what the score is if c is drawn.
     """
 
     quartic: Tensor
     group: Tensor
     num_groups: int
     squared: float
+    classes: bool = False
 
 
 class Likelihood(ABC):

@@ -68,9 +68,12 @@ class DiagonalLikelihood(Likelihood):
         """Entries are independent: the excess kurtosis of each."""
         outputs = self.canonical(outputs).detach()
         information = self._information(outputs)
-        # No information, no column: whatever the kurtosis.
-        whitened = torch.where(information > 0, information.rsqrt(), 0)
-        quartic = self._fourth_cumulants(outputs, whitened).reshape(len(outputs), -1).T
+        cumulants = self._fourth_cumulants(outputs, torch.ones_like(information))
+        # No information, no column, whatever the kurtosis. One division after the other: the square
+        # of a small information would be zero.
+        informed = information >= torch.finfo(information.dtype).tiny
+        kurtosis = torch.where(informed, cumulants / information / information, 0)
+        quartic = kurtosis.reshape(len(outputs), -1).T
         group = torch.arange(len(quartic), device=quartic.device)
         return ColumnCumulants(quartic, group, len(quartic), 0.0)
 

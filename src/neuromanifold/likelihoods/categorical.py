@@ -215,10 +215,11 @@ class Categorical(Likelihood):
         """Along `√p_c (e_c − p)` at position t: `Σ_c γ_c⁴ / p_c − 3 (Σ_c γ_c²)²`."""
         p = self._probabilities(outputs).flatten(1)  # (N, T·C)
         num_classes = outputs.shape[self._class_axis(outputs)]
-        # A class without probability has no column either.
-        quartic = torch.where(p > 0, 1 / p, 0).T
+        # A class without probability has no column either; below `tiny`, 1 / p is infinite.
+        quartic = torch.where(p >= torch.finfo(p.dtype).tiny, 1 / p, 0).T
         group = torch.arange(len(quartic), device=p.device) // num_classes
-        return ColumnCumulants(quartic, group, len(quartic) // num_classes, -3.0)
+        num_labels = len(quartic) // num_classes
+        return ColumnCumulants(quartic, group, num_labels, -3.0, classes=True)
 
     def _class_axis(self, outputs: Tensor) -> int:
         """The class axis counted from the end, so that extra leading axes do not move it."""

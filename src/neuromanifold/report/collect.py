@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuromanifold import variance
+from neuromanifold._estimate import Estimate
 from neuromanifold._fisher import fisher
 from neuromanifold._progress import Progress, reporting
 from neuromanifold.capture import Data, buffers_kept, call_model, logits_of, plan, unwrap
@@ -117,6 +119,7 @@ def collect(
 
     diagonal = exact.diagonal()
     trace, largest = float(exact.trace()), float(values[0])
+    errors = _errors(exact, largest)
     return {
         "kind": "neuromanifold.analysis",
         "version": 1,
@@ -137,6 +140,7 @@ def collect(
         "largest_eigenvalue": largest,
         "max_learning_rate": 2 / largest if largest > 0 else None,
         "stable_rank": trace / largest if largest > 0 else None,
+        "stderr": errors,
         "layers": layers,
         "whole_errors": whole,
         "diagonal": [_summary(exact, parameter, value) for parameter, value in diagonal.items()],
@@ -184,6 +188,30 @@ class _Measure:
             reason = error
         self.notes.append(f"{type(structure).__name__} was left out: {reason}")
         return None
+
+
+def _errors(exact: GramOperator, largest: float) -> dict[str, float | None]:
+    """Standard errors of the headline numbers: the samples are some of all, and labels are drawn.
+
+    None where one sample says nothing of others.
+    """
+    found = {
+        "trace": _finite(variance.trace(exact)),
+        "largest_eigenvalue": _finite(variance.eigenvalues(exact)),
+    }
+    if largest > 0:
+        top = found["largest_eigenvalue"]
+        found["max_learning_rate"] = None if top is None else 2 / largest**2 * top
+        dimension = variance.effective_dimension(exact, damping=largest / 100)
+        found["effective_dimension"] = _finite(dimension)
+    return found
+
+
+def _finite(estimate: Estimate) -> float | None:
+    stderr = estimate.stderr
+    assert isinstance(stderr, Tensor)
+    error = float(stderr)
+    return error if math.isfinite(error) else None
 
 
 def _choose_estimator(
@@ -241,6 +269,7 @@ def _layers(
                 "rule": rule,
                 "num_parameters": part.num_parameters,
                 "trace": trace,
+                "trace_stderr": _finite(variance.trace(part)),
                 "share": trace / whole_trace if whole_trace > 0 else 0.0,
                 "trace_per_parameter": trace / part.num_parameters,
                 "largest_eigenvalue": float(spectrum[0]),

@@ -60,11 +60,17 @@ def facts(analysis: Mapping[str, Any]) -> list[Fact]:
     ]
 
 
+def _with_error(unit: str, analysis: Mapping[str, Any], name: str) -> str:
+    """A unit, behind the standard error of its value if that is known."""
+    error = (analysis.get("stderr") or {}).get(name)
+    return unit if error is None else f"± {quantity(error)} {unit}"
+
+
 def _trace(analysis: Mapping[str, Any]) -> Fact:
     return Fact(
         "Trace",
         quantity(analysis["trace"]),
-        "nats per parameter²",
+        _with_error("nats per parameter²", analysis, "trace"),
         "How sensitive the predictions are in total: the Fisher information of all parameters, "
         "added up.",
         "term-trace",
@@ -79,7 +85,7 @@ def _largest_eigenvalue(analysis: Mapping[str, Any]) -> Fact:
             f"Sensitivity along the most sensitive direction of all; this one direction holds "
             f"{percent(largest / trace)} of the trace."
         )
-    unit = "nats per parameter²"
+    unit = _with_error("nats per parameter²", analysis, "largest_eigenvalue")
     return Fact("Largest eigenvalue", quantity(largest), unit, caption, "term-eigenvalue")
 
 
@@ -87,7 +93,7 @@ def _learning_rate(analysis: Mapping[str, Any]) -> Fact:
     return Fact(
         "Largest stable learning rate",
         quantity(analysis["max_learning_rate"]),
-        "parameter² per nat",
+        _with_error("parameter² per nat", analysis, "max_learning_rate"),
         "Two over the largest eigenvalue. Plain gradient descent on the mean loss overshoots along "
         "that direction when it takes larger steps.",
         "term-learning-rate",
@@ -104,7 +110,8 @@ def _effective_dimension(analysis: Mapping[str, Any]) -> Fact:
         f"How many of {count(analysis['spectrum']['total_dimension'])} matter, against a damping "
         f"of {quantity(damping)}, a hundredth of the largest eigenvalue."
     )
-    return Fact(label, quantity(value), "directions", caption, term)
+    unit = _with_error("directions", analysis, "effective_dimension")
+    return Fact(label, quantity(value), unit, caption, term)
 
 
 def _parameters(analysis: Mapping[str, Any]) -> Fact:

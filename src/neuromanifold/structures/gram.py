@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuromanifold.errors import UnsupportedError
 from neuromanifold.layers.parts import TEMPORARY_NUMEL
 from neuromanifold.linalg import Block, Layout, memory, psd
 from neuromanifold.operators import Coverage, FisherOperator, Origin
@@ -45,8 +46,10 @@ class Gram(Structure):
         if source.reducer is not None:
             raise unsupported_reducer("Gram()")
         chunks: list[_Chunk] = []
-        num_rows = 0
+        num_rows = first = counted = 0
         for records in source.sweeps():
+            if source.num_samples > counted:  # not just further sweeps of the same batch
+                first, counted = counted, source.num_samples
             chunk = [rows_of(record) for record in records]
             blocks = zip(source.plan.blocks, chunk, strict=True)
             require_finite({block.name: rows.tensors() for block, rows in blocks})
@@ -58,12 +61,12 @@ class Gram(Structure):
                 instead="Use fewer samples or sweeps (nm.MonteCarlo(1) instead of nm.Exact()), or "
                 "a structure whose memory does not grow with them, such as nm.Kronecker().",
             )
-            chunks.append(_Chunk(1.0, chunk))
+            chunks.append(_Chunk(1.0, chunk, first, counted - first))
         weight = 1 / source.normaliser
         return GramOperator(
             source.plan.layout,
             source.plan.blocks,
-            [_Chunk(weight, chunk.rows) for chunk in chunks],
+            [replace(chunk, weight=weight) for chunk in chunks],
             source.coverage(lambda _: ("Gram", True, "")),
             source.origin(self),
         )
@@ -71,10 +74,19 @@ class Gram(Structure):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The rows of every block for one group of sweeps of one batch, and their weight in F."""
+    """The rows of every block for one group of sweeps of one batch, and their weight in F.
+
+    Attributes:
+        weight: of each row.
+        rows: of every block, `(V·N,)`.
+        first: number of the first sample; None if the samples are not those of one measurement.
+        num_samples: N of the batch.
+    """
 
     weight: float
     rows: list[Rows]
+    first: int | None
+    num_samples: int
 
 
 @storable("gram")
@@ -98,6 +110,25 @@ class GramOperator(FisherOperator):
     def num_rows(self) -> int:
         """R, samples times sweeps."""
         return sum(chunk.rows[0].num_rows for chunk in self._chunks)
+
+    @cached_property
+    def sample_of_row(self) -> Tensor:
+        """Which of the N samples each row belongs to, `(R,)` integers.
+
+        Raises:
+            UnsupportedError: If F is a sum of measurements.
+        """
+        parts = []
+        for chunk in self._chunks:
+            if chunk.first is None:
+                raise UnsupportedError(
+                    "This Fisher matrix is a sum of several, whose samples are not known to be "
+                    "different. Ask each of them."
+                )
+            sweeps = chunk.rows[0].num_rows // chunk.num_samples
+            samples = torch.arange(chunk.num_samples, device=self.device) + chunk.first
+            parts.append(samples.repeat(sweeps))
+        return torch.cat(parts)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -233,9 +264,9 @@ class GramOperator(FisherOperator):
         layout = self.layout.restrict(names)
         parts = [block.restrict(layout.names) for block in self._blocks]
         chunks = [
-            _Chunk(
-                chunk.weight,
-                [
+            replace(
+                chunk,
+                rows=[
                     mine.restrict(part[1])
                     for mine, part in zip(chunk.rows, parts, strict=True)
                     if part is not None
@@ -249,13 +280,13 @@ class GramOperator(FisherOperator):
         )
 
     def _scaled(self, factor: float) -> GramOperator:
-        chunks = [_Chunk(chunk.weight * factor, chunk.rows) for chunk in self._chunks]
+        chunks = [replace(chunk, weight=chunk.weight * factor) for chunk in self._chunks]
         return GramOperator(self.layout, self._blocks, chunks, self.coverage, self.origin)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         if not isinstance(other, GramOperator) or other._blocks != self._blocks:
             return None
-        chunks = self._chunks + other._chunks
+        chunks = [replace(chunk, first=None) for chunk in self._chunks + other._chunks]
         return GramOperator(self.layout, self._blocks, chunks, self.coverage, self.origin)
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -267,7 +298,7 @@ class GramOperator(FisherOperator):
         }
         state = {
             "blocks": [block.to_dict() for block in self._blocks],
-            "weights": [chunk.weight for chunk in self._chunks],
+            "chunks": [(chunk.weight, chunk.first, chunk.num_samples) for chunk in self._chunks],
         }
         return state, tensors
 
@@ -293,8 +324,8 @@ class GramOperator(FisherOperator):
 
         blocks = [Block.from_dict(entry) for entry in state["blocks"]]
         chunks = [
-            _Chunk(weight, [rows(f"{i}.{j}") for j in range(len(blocks))])
-            for i, weight in enumerate(state["weights"])
+            _Chunk(weight, [rows(f"{i}.{j}") for j in range(len(blocks))], first, num_samples)
+            for i, (weight, first, num_samples) in enumerate(state["chunks"])
         ]
         return cls(layout, blocks, chunks, coverage, origin)
 

@@ -3,7 +3,7 @@
 With `γ_c = j_i · s_c` the component of a parameter's gradient along column c of the output Fisher,
 a sample's information is `I = Σ_c γ_c²`. Its estimate from one label has the variance `κ₄ + 2 I²`,
 from random signs `2 I² − 2 Σ_c γ_c⁴`; κ₄ is a sum over columns too (papers.md §3.2, §3.6). So four
-sums over samples are enough: of `I`, `I²`, `Σ_c γ_c⁴` and `κ₄`.
+sums over samples are enough: of `I`, `I²`, `Σ_c γ_c⁴` and `κ₄`. A bound on κ₄ is a fifth one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ from neuromanifold.structures import Source
 from neuromanifold.structures._base import RECORD_NUMEL, SWEEP_BYTES, require_finite
 from neuromanifold.structures.cost import load
 
-__all__ = ["moments"]
+__all__ = ["column_batches", "moments"]
+
+KEYS = ("information", "squared", "quartic", "cumulant")
 
 
-def moments(source: Source) -> Moments:
+def moments(source: Source, *, bounds: bool = False) -> Moments:
     """Measure them in one pass with all columns of the output Fisher.
+
+    Args:
+        source: the measurement; its estimator does not matter.
+        bounds: whether to bound κ₄ too (see `bounds.py`).
 
     Raises:
         UnsupportedError: If the likelihood has no closed form.
@@ -36,10 +42,10 @@ def moments(source: Source) -> Moments:
     layout = source.plan.layout
     sums: dict[str, dict[str, Tensor]] = {}
     source = replace(source, estimator=Exact())
-    batches = _cut(source)
+    batches = column_batches(source)
     with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
         for done, batch in enumerate(batches, start=1):
-            for name, part in _batch_sums(source, tape, batch):
+            for name, part in _batch_sums(source, tape, batch, bounds):
                 total = sums.setdefault(name, part)
                 if total is not part:
                     for key, value in part.items():
@@ -50,7 +56,7 @@ def moments(source: Source) -> Moments:
     require_finite(sums)
     rows = {
         key: torch.empty(1, layout.num_parameters, dtype=source.dtype, device=source.device)
-        for key in ("information", "squared", "quartic", "cumulant")
+        for key in KEYS + ("cumulant_bound",) * bounds
     }
     for block in source.plan.blocks:
         for key, value in sums[block.name].items():
@@ -61,7 +67,7 @@ def moments(source: Source) -> Moments:
     )
 
 
-def _cut(source: Source) -> Iterator[Batch]:
+def column_batches(source: Source) -> Iterator[Batch]:
     """Batches so small that all columns of a batch travel together: `I²` needs them all."""
     first, data = source.data.peek()
     loaded = load(source, first, memory.available(source.device))
@@ -71,7 +77,7 @@ def _cut(source: Source) -> Iterator[Batch]:
 
 
 def _batch_sums(
-    source: Source, tape: Tape, batch: Batch
+    source: Source, tape: Tape, batch: Batch, bounds: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     outputs, targets = source.outputs(tape, batch)
     cumulants = source.likelihood.column_cumulants(outputs)
@@ -86,16 +92,16 @@ def _batch_sums(
         for part in record.split(RECORD_NUMEL, across_sweeps=False):
             samples = slice(start, start := start + part.num_samples)
             some = replace(cumulants, quartic=cumulants.quartic[:, samples].to(record.dtype))
-            yield record.block.name, _sums(part, some)
+            yield record.block.name, _sums(part, some, bounds)
 
 
-def _sums(record: Record, cumulants: ColumnCumulants) -> dict[str, Tensor]:
+def _sums(record: Record, cumulants: ColumnCumulants, bounds: bool) -> dict[str, Tensor]:
     """Sums over the samples of a record, each `(G, O, I)`."""
     part = record.single
     if isinstance(part, Factored) and part.num_positions == 1:
         # γ_c = g_c a: powers of inputs and of cotangents apart, so that sums are matrix products.
         inputs = part.augmented.squeeze(2).square()  # (G, N, I)
-        powers = _powers(part.g.squeeze(3).square(), cumulants)
+        powers = _powers(part.g.squeeze(3), cumulants, bounds)
         return {
             key: psd.product(
                 value.mT,
@@ -104,28 +110,34 @@ def _sums(record: Record, cumulants: ColumnCumulants) -> dict[str, Tensor]:
             )
             for key, value in powers.items()
         }
-    powers = _powers(record.per_sample().square_(), cumulants)
+    powers = _powers(record.per_sample(), cumulants, bounds)
     return {key: value.sum(dim=1) for key, value in powers.items()}
 
 
-def _powers(squares: Tensor, cumulants: ColumnCumulants) -> dict[str, Tensor]:
-    """`γ_c²` as `(V, G, N, ...)` to sums over columns, each `(G, N, ...)`."""
+def _powers(components: Tensor, cumulants: ColumnCumulants, bounds: bool) -> dict[str, Tensor]:
+    """`γ_c` as `(V, G, N, ...)` to sums over columns, each `(G, N, ...)`."""
+    a = cumulants.quartic.reshape(len(components), 1, -1, *[1] * (components.ndim - 3))
+    squares = components.square()
     information = squares.sum(dim=0)
     fourth = squares.square()
-    shape = (len(squares), 1, squares.shape[2]) + (1,) * (squares.ndim - 3)
-    cumulant = (fourth * cumulants.quartic.reshape(shape)).sum(dim=0)
-    quartic = fourth.sum(dim=0)
-    if cumulants.squared:
-        if cumulants.num_groups == 1:
-            groups = information.square()
-        else:
-            of_groups = squares.new_zeros(cumulants.num_groups, *squares.shape[1:])
-            of_groups.index_add_(0, cumulants.group, squares)
-            groups = of_groups.square_().sum(dim=0)
-        cumulant += cumulants.squared * groups
-    return {
+    powers = {
         "information": information,
         "squared": information.square(),
-        "quartic": quartic,
-        "cumulant": cumulant,
+        "quartic": fourth.sum(dim=0),
+        "cumulant": (fourth * a).sum(dim=0),
     }
+    targets = information[None]  # of each target, (K, G, N, ...)
+    if cumulants.squared and cumulants.num_groups > 1:
+        targets = squares.new_zeros(cumulants.num_groups, *squares.shape[1:])
+        targets.index_add_(0, cumulants.group, squares)
+    if cumulants.squared:
+        powers["cumulant"] += cumulants.squared * targets.square().sum(dim=0)
+    if bounds and cumulants.classes:
+        score = (components * a.sqrt()).unflatten(0, (len(targets), -1))
+        extremes = score.amax(dim=1).square_() + score.amin(dim=1).square_()
+        powers["cumulant_bound"] = (targets * (extremes - 4 * targets)).sum(dim=0)
+    elif bounds:
+        powers["cumulant_bound"] = powers["quartic"] * a.amax(dim=0)
+        if cumulants.squared:
+            powers["cumulant_bound"] += cumulants.squared * targets.square().sum(dim=0)
+    return powers
