@@ -17,6 +17,7 @@ class Fact:
 
     Attributes:
         term: id of its entry in the glossary, or "" if it needs none.
+        error: standard error of the value, or "".
     """
 
     label: str
@@ -24,6 +25,7 @@ class Fact:
     unit: str
     caption: str
     term: str = ""
+    error: str = ""
 
 
 def reference_damping(analysis: Mapping[str, Any]) -> float | None:
@@ -60,20 +62,21 @@ def facts(analysis: Mapping[str, Any]) -> list[Fact]:
     ]
 
 
-def _with_error(unit: str, analysis: Mapping[str, Any], name: str) -> str:
-    """A unit, behind the standard error of its value if that is known."""
-    error = (analysis.get("stderr") or {}).get(name)
-    return unit if error is None else f"± {quantity(error)} {unit}"
+def _error(analysis: Mapping[str, Any], name: str) -> str:
+    """The standard error of a headline number, "" if it is not known."""
+    stderr = (analysis.get("stderr") or {}).get(name)
+    return "" if stderr is None else f"± {quantity(stderr, digits=2)}"
 
 
 def _trace(analysis: Mapping[str, Any]) -> Fact:
     return Fact(
         "Trace",
         quantity(analysis["trace"]),
-        _with_error("nats per parameter²", analysis, "trace"),
+        "nats per parameter²",
         "How sensitive the predictions are in total: the Fisher information of all parameters, "
         "added up.",
         "term-trace",
+        _error(analysis, "trace"),
     )
 
 
@@ -85,18 +88,25 @@ def _largest_eigenvalue(analysis: Mapping[str, Any]) -> Fact:
             f"Sensitivity along the most sensitive direction of all; this one direction holds "
             f"{percent(largest / trace)} of the trace."
         )
-    unit = _with_error("nats per parameter²", analysis, "largest_eigenvalue")
-    return Fact("Largest eigenvalue", quantity(largest), unit, caption, "term-eigenvalue")
+    return Fact(
+        "Largest eigenvalue",
+        quantity(largest),
+        "nats per parameter²",
+        caption,
+        "term-eigenvalue",
+        _error(analysis, "largest_eigenvalue"),
+    )
 
 
 def _learning_rate(analysis: Mapping[str, Any]) -> Fact:
     return Fact(
         "Largest stable learning rate",
         quantity(analysis["max_learning_rate"]),
-        _with_error("parameter² per nat", analysis, "max_learning_rate"),
+        "parameter² per nat",
         "Two over the largest eigenvalue. Plain gradient descent on the mean loss overshoots along "
         "that direction when it takes larger steps.",
         "term-learning-rate",
+        _error(analysis, "max_learning_rate"),
     )
 
 
@@ -110,8 +120,8 @@ def _effective_dimension(analysis: Mapping[str, Any]) -> Fact:
         f"How many of {count(analysis['spectrum']['total_dimension'])} matter, against a damping "
         f"of {quantity(damping)}, a hundredth of the largest eigenvalue."
     )
-    unit = _with_error("directions", analysis, "effective_dimension")
-    return Fact(label, quantity(value), unit, caption, term)
+    error = _error(analysis, "effective_dimension")
+    return Fact(label, quantity(value), "directions", caption, term, error)
 
 
 def _parameters(analysis: Mapping[str, Any]) -> Fact:

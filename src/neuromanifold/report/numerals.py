@@ -10,24 +10,27 @@ MISSING = "–"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def quantity(value: float | None) -> str:
-    """Three significant digits; very large and very small numbers as a multiple of a power of ten.
+def quantity(value: float | None, digits: int = 3) -> str:
+    """Significant digits; very large and very small numbers as a multiple of a power of ten.
 
     Example:
         >>> quantity(12.345), quantity(0.0471), quantity(1234.5), quantity(-2.0)
         ('12.3', '0.0471', '1,230', '−2.00')
         >>> quantity(0.000012345), quantity(9.999e6), quantity(0.0), quantity(None)
         ('1.23×10⁻⁵', '1.00×10⁷', '0', '–')
+        >>> quantity(0.0264, digits=2), quantity(12.34, digits=2)
+        ('0.026', '12')
     """
     if value is None:
         return MISSING
     if value == 0:
         return "0"
     # Rounded first, so that 9.999 counts as 10.0 and not as 10.00.
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     order = int(exponent)
     if -3 <= order <= 3:
-        text = f"{round(value, 2 - order):,.{max(0, 2 - order)}f}"
+        decimals = digits - 1 - order
+        text = f"{round(value, decimals):,.{max(0, decimals)}f}"
     else:
         text = f"{mantissa}×{power_of_ten(order)}"
     return text.replace("-", "−")
