@@ -34,8 +34,9 @@ class Estimate:
         >>> trace = Estimate(torch.tensor(10.0), {"data": torch.tensor(0.36)}, num_samples=100)
         >>> print(trace)
         10.00 ± 0.60 (100 samples)
-        >>> [round(float(end), 2) for end in trace.interval()]
-        [8.82, 11.18]
+        >>> low, high = trace.interval()
+        >>> print(f"{float(low):.2f} to {float(high):.2f}")
+        8.82 to 11.18
     """
 
     value: Quantity
