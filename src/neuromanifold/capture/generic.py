@@ -268,24 +268,33 @@ def require_function(
     canonical: Callable[[Any], Tensor],
     batch: Batch,
     outputs: Tensor,
+    *,
+    instead: str,
 ) -> None:
     """Refuse a model whose outputs are no function of its inputs and its modules' parameters.
+
+    Args:
+        plan: holds the model.
+        forward: how the model is called.
+        canonical: brings outputs to one tensor.
+        batch: inputs.
+        outputs: what the model gave for them.
+        instead: a sentence with what to call instead.
 
     Raises:
         UnsupportedError: If it is random, or keeps parameters elsewhere.
     """
-    advice = "Measure with nm.Gram(), which needs one pass only."
     elsewhere, again = _kept_elsewhere(plan, forward, canonical, batch, plan.layout.names)
     if differ(again, outputs, torch.finfo(outputs.dtype).eps):
         raise UnsupportedError(
             "The model gives other outputs when it is called again with the same inputs (dropout "
-            "in training mode?), so every product would belong to another matrix. Call "
-            f"model.eval(). {advice}"
+            "in training mode?), so each pass would belong to another Fisher matrix. Call "
+            f"model.eval(). {instead}"
         )
     if elsewhere:
         raise UnsupportedError(
             f"The model reads {elsewhere} from a list or an attribute instead of from the module "
-            f"that owns them, so torch.func cannot differentiate with respect to them. {advice}"
+            f"that owns them, so torch.func cannot differentiate with respect to them. {instead}"
         )
 
 

@@ -180,17 +180,20 @@ class Part(ABC):
     groups: slice
     sides: tuple[Side, Side] | None = None
     """Outputs and inputs of the sum, where there is one."""
-    used: Tensor | None = None
-    """Which positions are uses, boolean `(N, T)`; None for all."""
+    padded: Tensor | None = None
+    """Which positions of the batch are padded, boolean `(N, T)`; None if none is known to be."""
 
-    def leave_out(self, padded: Tensor) -> None:
-        """Do not count positions that are padded, boolean `(N, T)`, and get no gradient.
+    @cached_property
+    def used(self) -> Tensor | None:
+        """Which positions are uses, boolean `(N, T)`; None for all.
 
-        A layer with other positions than the batch has, such as one behind a pooling, keeps all.
+        Those are none that are padded and get no gradient. A layer with other positions than the
+        batch has, such as one behind a pooling, keeps all.
         """
-        touched = self.touched()
-        if touched is not None and touched.shape == padded.shape:
-            self.used = touched | ~padded
+        touched = None if self.padded is None else self.touched()
+        if touched is None or self.padded is None or touched.shape != self.padded.shape:
+            return None
+        return touched | ~self.padded
 
     def touched(self) -> Tensor | None:
         """Which positions get a gradient, boolean `(N, T)`; None if there are none."""

@@ -178,7 +178,7 @@ class Record:
         if calls:
             part = port.rule.part(self.block, calls, self.num_samples, self.dtype)
             if self.present is not None:
-                part.leave_out(~self.present)
+                part.padded = ~self.present
             return part
         shape = (self.num_sweeps, self.num_samples)
         zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)

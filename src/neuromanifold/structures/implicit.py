@@ -62,7 +62,14 @@ class Implicit(Structure):
                 outputs, _ = source.outputs(tape, batch)
                 if done == 1:
                     canonical = source.likelihood.canonical
-                    require_function(source.plan, source.forward, canonical, batch, outputs)
+                    require_function(
+                        source.plan,
+                        source.forward,
+                        canonical,
+                        batch,
+                        outputs,
+                        instead="Measure with nm.Gram(), which needs one pass only.",
+                    )
                 if source.progress is not None:
                     source.progress(done, source.data.num_batches)
         return ImplicitOperator(self, source, fresh)

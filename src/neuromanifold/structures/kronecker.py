@@ -89,7 +89,9 @@ class Kronecker(AdditiveStructure):
             if record.first:
                 positions = (record.num_samples, part.num_positions)
                 uses = count_uses(part.used, positions, reduce=reduce)
-                statistics[f"{key}.uses"] = torch.as_tensor(uses, device=record.device)
+                if isinstance(uses, int):  # filled on the device: no copy from the host
+                    uses = torch.full((), uses, device=record.device)
+                statistics[f"{key}.uses"] = uses
         return statistics
 
     def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:

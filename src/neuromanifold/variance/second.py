@@ -116,10 +116,8 @@ def second_derivative(
         model,
         likelihood,
         data,
-        None,
         estimator=MonteCarlo(samples),
         params=params,
-        per="sample",
         forward=forward,
         uncovered=uncovered,
         reducer=reducer,
@@ -164,7 +162,15 @@ def _of_batch(source: Source, tape: Tape, batch: Batch, samples: int, *, first: 
     plan, likelihood, layout = source.plan, source.likelihood, source.plan.layout
     outputs, targets = source.outputs(tape, batch)
     if first:
-        require_function(plan, source.forward, likelihood.canonical, batch, outputs)
+        require_function(
+            plan,
+            source.forward,
+            likelihood.canonical,
+            batch,
+            outputs,
+            instead="nm.variance.diagonal(...) is about an estimator made of first derivatives, "
+            "and needs no second pass.",
+        )
     columns = torch.stack(list(source.estimator.cotangents(likelihood, outputs, targets)))
     score = torch.zeros_like(outputs)
     if samples:
