@@ -14,8 +14,7 @@ import json
 import math
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -28,17 +27,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from neuromanifold._estimate import Estimate, Quantity
+from neuromanifold._estimation.numbers import Entries, Numbers, Quadratic, Traces
 from neuromanifold._files import atomic_path
 from neuromanifold._fisher import requested
 from neuromanifold._intervals import quantile
-from neuromanifold.capture import Batch, Data, Forward, Plan, Tape
+from neuromanifold.capture import Batch, Data, Forward, Tape
 from neuromanifold.errors import StorageError
 from neuromanifold.estimators import Estimator, RandomSigns
-from neuromanifold.layers import Factored, Record
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import Vector, memory
 from neuromanifold.structures import Progress, Source
-from neuromanifold.structures._base import RECORD_NUMEL, SWEEP_BYTES, require_finite
+from neuromanifold.structures._base import SWEEP_BYTES, require_finite
 from neuromanifold.structures.cost import load
 
 __all__ = ["Estimated", "Wanted", "estimate", "shares"]
@@ -294,141 +293,13 @@ class _State:
         return total / (n * rounds * draws), data, within / (n * rounds * draws)
 
 
-class _Numbers(ABC):
-    """What is estimated: K numbers for each input and draw."""
-
-    numel: int
-
-    @abstractmethod
-    def sums(self, records: Iterator[Record], draws: int) -> Tensor:
-        """Of the numbers, of their squares, of squared sums over draws, `(3, K)`."""
-
-    @abstractmethod
-    def named(self, flat: Tensor) -> Quantity:
-        """K numbers as the caller wants them."""
-
-
-class _Traces(_Numbers):
-    """Squared norm of each sample's score, in all or by layer."""
-
-    def __init__(self, plan: Plan, *, by_layer: bool) -> None:
-        self._index = {block.name: i if by_layer else 0 for i, block in enumerate(plan.blocks)}
-        self._by_layer = by_layer
-        self.numel = len(self._index) if by_layer else 1
-
-    def sums(self, records: Iterator[Record], draws: int) -> Tensor:
-        values: dict[int, Tensor] = {}
-        for record in records:
-            norms = torch.cat([_squared_norms(part) for part in _split(record)], dim=1)
-            key = self._index[record.block.name]
-            values[key] = values[key] + norms if key in values else norms
-        drawn = torch.stack([values[key] for key in range(self.numel)], dim=2)
-        return _powers(drawn.unflatten(0, (draws, -1)).sum(dim=1)).sum(dim=1)
-
-    def named(self, flat: Tensor) -> Quantity:
-        return dict(zip(self._index, flat, strict=True)) if self._by_layer else flat[0]
-
-
-class _Quadratic(_Numbers):
-    """Square of each sample's score along a vector."""
-
-    numel = 1
-
-    def __init__(self, plan: Plan, vector: Vector) -> None:
-        rows, _ = plan.layout.rows(vector)
-        if len(rows) != 1:
-            raise ValueError(f"vector is one vector, flat (P,); got {len(rows)} of them.")
-        rows = rows.to(plan.device, plan.dtype)
-        self._weights = {block.name: block.read(rows, plan.layout)[0] for block in plan.blocks}
-
-    def sums(self, records: Iterator[Record], draws: int) -> Tensor:
-        inner: Tensor | float = 0.0
-        for record in records:
-            weights = self._weights[record.block.name]
-            inner = inner + torch.cat([_along(part, weights) for part in _split(record)], dim=1)
-        assert isinstance(inner, Tensor)
-        return _powers(inner.square().unflatten(0, (draws, -1)).sum(dim=1)).sum(dim=1)[:, None]
-
-    def named(self, flat: Tensor) -> Quantity:
-        return flat[0]
-
-
-class _Entries(_Numbers):
-    """Squares of the entries of each sample's score."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._layout = plan.layout
-        self.numel = plan.layout.num_parameters
-
-    def sums(self, records: Iterator[Record], draws: int) -> Tensor:
-        rows: Tensor | None = None
-        for record in records:
-            total = sum(_entry_sums(part, draws) for part in _split(record))
-            assert isinstance(total, Tensor)
-            if rows is None:
-                rows = total.new_empty(3, self.numel)
-            record.block.write(total, rows, self._layout)
-        assert rows is not None
-        return rows
-
-    def named(self, flat: Tensor) -> Quantity:
-        return self._layout.unflatten(flat)
-
-
-def _split(record: Record) -> Iterator[Record]:
-    """Parts that stay in the cache; the draws of an input are in the same part."""
-    return record.split(RECORD_NUMEL, across_sweeps=False)
-
-
-def _powers(values: Tensor) -> Tensor:
-    """Numbers `(draws, N, ...)` to what is summed over samples, `(3, N, ...)`."""
-    total = values.sum(dim=0)
-    return torch.stack([total, values.square().sum(dim=0), total.square()])
-
-
-def _squared_norms(record: Record) -> Tensor:
-    """`‖p‖²` of the per-sample gradients, `(V, N)`."""
-    part = record.single
-    if isinstance(part, Factored) and part.num_positions == 1:  # ‖g aᵀ‖² = ‖g‖² ‖a‖²
-        g, a = (x.double().square().sum(dim=(-1, -2)) for x in (part.g, part.augmented))
-        return (g * a).sum(dim=1)
-    return record.per_sample().double().square_().sum(dim=(1, 3, 4))
-
-
-def _along(record: Record, weights: Tensor) -> Tensor:
-    """Inner products of the per-sample gradients with a vector `(G, O, I)`, `(V, N)`."""
-    inner: list[Tensor] = []
-    for part in record.parts:
-        along = weights[part.groups]
-        if isinstance(part, Factored):
-            products = (part.g @ along[:, None]) * part.augmented
-        else:
-            products = part.per_sample() * along[:, None]
-        inner.append(products.sum(dim=(1, 3, 4), dtype=torch.float64))
-    return torch.stack(inner).sum(dim=0)
-
-
-def _entry_sums(record: Record, draws: int) -> Tensor:
-    """Sums over the samples of a record, `(3, G, O, I)`."""
-    part = record.single
-    if isinstance(part, Factored) and part.num_positions == 1:
-        # (g a)² = g² a²: powers of either side apart, so that sums are matrix products.
-        inputs = part.augmented.squeeze(2).double().square()  # (G, N, I)
-        squares = part.g.squeeze(3).double().square()
-        total, *higher = _powers(squares.unflatten(0, (draws, -1)).sum(dim=1))
-        fourth = inputs.square()
-        return torch.stack([total.mT @ inputs, *(power.mT @ fourth for power in higher)])
-    squares = record.per_sample().double().square_()  # (V, G, N, O, I)
-    return _powers(squares.unflatten(0, (draws, -1)).sum(dim=1)).sum(dim=2)
-
-
 class _Run:
     """Rounds over the data, from a state that may come from a file."""
 
     def __init__(
         self,
         source: Source,
-        numbers: _Numbers,
+        numbers: Numbers,
         sweeps: int,
         path: Path | None,
         request: dict[str, Any],
@@ -465,13 +336,13 @@ class _Run:
             plan=loaded.plan,
             data=data.cut(lambda batch: min(fitting, batch.num_samples)),
         )
-        numbers: _Numbers
+        numbers: Numbers
         if quantity == "diagonal":
-            numbers = _Entries(loaded.plan)
+            numbers = Entries(loaded.plan)
         elif vector is not None:
-            numbers = _Quadratic(loaded.plan, vector)
+            numbers = Quadratic(loaded.plan, vector)
         else:
-            numbers = _Traces(loaded.plan, by_layer=quantity == "layers")
+            numbers = Traces(loaded.plan, by_layer=quantity == "layers")
         request = {} if path is None else _request(source, data, batch, quantity, vector)
         return cls(source, numbers, loaded.sweeps, path, request)
 
