@@ -56,7 +56,10 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["estimate", *arguments])
 
 
-@pytest.mark.parametrize(("quantity", "rows"), [("trace", 1), ("layers", 2), ("diagonal", 4)])
+@pytest.mark.parametrize(
+    ("quantity", "rows"),
+    [("trace", 1), ("layers", 2), ("diagonal", 4), ("entries", 4), ("eigenvalue", 1)],
+)
 def test_a_row_for_each_number(folder: Path, quantity: str, rows: int) -> None:
     result = run("job.py:load", "--quantity", quantity, "--rtol", "0.5")
     assert result.exit_code == 0, result.stderr
@@ -79,8 +82,17 @@ def test_a_tolerance_that_these_inputs_cannot_give(folder: Path) -> None:
     assert "inputs would be needed" in result.stderr
 
 
+def test_a_share_of_the_entries(folder: Path) -> None:
+    few, all_ = (
+        run("job.py:load", "--quantity", "entries", "--rtol", "0.6", "--quantile", share).exit_code
+        for share in ("0.1", "1")
+    )
+    assert (few, all_) == (0, 3)
+
+
 def test_bad_options(folder: Path) -> None:
     assert "rtol is a positive number" in run("job.py:load", "--rtol", "-1").stderr
+    assert "goes with quantity" in run("job.py:load", "--quantile", "0.5").stderr
     assert run("job.py:load", "--quantity", "entropy").exit_code == 2
 
 

@@ -79,6 +79,13 @@ def check_moments(
         (Bernoulli(), 3 * randn(4), (), 2),
         (Bernoulli(), 3 * randn(2, 3), (3,), 2),
         (FromDistribution(lambda f: td.Categorical(logits=f)), randn(3, 4), (), 4),
+        (FromDistribution(lambda f: td.Categorical(logits=f)), randn(2, 3, 3), (3,), 3),
+        (
+            FromDistribution(lambda f: td.Independent(td.Categorical(logits=f), 2)),
+            randn(2, 2, 2, 2),
+            (2, 2),
+            2,
+        ),
     ],
 )
 def test_moments_by_enumeration(
@@ -167,11 +174,10 @@ def test_positions_and_supports_agree_with_the_closed_forms() -> None:
 
 
 def test_singular_fisher_has_no_spurious_columns() -> None:
-    """Softmax does not see a common shift, so one eigenvalue of the KL Hessian is zero."""
-    likelihood = FromDistribution(lambda f: td.Independent(td.Categorical(logits=f), 1))
-    outputs = randn(2, 1, 4)
-    columns = torch.stack(list(likelihood.fisher_columns(outputs)))
-    assert (columns.flatten(1).abs().amax(1) > 0).sum() == 3
+    """Four outputs that have but one sum: three eigenvalues of the KL Hessian are zero."""
+    likelihood = FromDistribution(lambda f: td.Normal(f.sum(-1), 0.7))
+    columns = torch.stack(list(likelihood.fisher_columns(randn(2, 4))))
+    assert (columns.flatten(1).abs().amax(1) > 0).sum() == 1
 
 
 @pytest.mark.parametrize(

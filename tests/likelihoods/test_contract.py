@@ -151,6 +151,18 @@ CASES = [
         labels(3, 2, 2),
     ),
     Case(
+        "from bernoulli image",
+        FromDistribution(lambda f: td.Independent(td.Bernoulli(logits=f), 2)),
+        randn(2, 2, 3),
+        labels(2, 2, 2, 3).double(),
+    ),
+    Case(
+        "from one-hot positions",
+        FromDistribution(lambda f: td.Independent(td.OneHotCategorical(logits=f), 1)),
+        randn(2, 2, 3),
+        torch.eye(3, dtype=torch.float64)[labels(3, 2, 2)],
+    ),
+    Case(
         "from binomial",
         FromDistribution(lambda f: td.Binomial(5, logits=f)),
         randn(3),

@@ -184,6 +184,39 @@ def test_advice(
     assert reason in advice.reason
 
 
+def test_second_derivatives_beside_the_others() -> None:
+    """Their error is the closed form, zero in the last layer, where they may be advised."""
+    model, x = mlp(), inputs()
+    got = nm.variance.compare(
+        model, nm.Categorical(), x, estimators=[nm.MonteCarlo(1), nm.Hessian(2)]
+    )
+    closed = nm.variance.second_derivative(model, nm.Categorical(), x, samples=2)
+    errors = [
+        (closed.error("labels")[name] / closed.value[name]).flatten()  # type: ignore[index]
+        for name in ("0.weight", "0.bias")
+    ]
+    hidden, last = got["0"][1], got["2"][1]
+    assert hidden.estimator == "Hessian(samples=2)"
+    assert math.isclose(hidden.draws.median, middle(torch.cat(errors), 0.5), rel_tol=1e-10)
+    assert (last.draws.median, last.draws.high, last.source) == (0, 0, "labels")
+    assert hidden.trace == got["0"][0].trace
+    assert hidden.cost > 0
+    # With nothing else to choose it is advised, and the cheaper one that has no error if there is.
+    for others, advised in (([], "Hessian(samples=2)"), ([nm.Exact()], "Exact()")):
+        table = nm.variance.compare(model, nm.Categorical(), x, estimators=[nm.Hessian(2), *others])
+        of_last = next(advice for advice in table.advice if advice.group == "2")
+        assert of_last.estimator == advised
+        assert "add no error" in of_last.reason
+
+
+def test_the_cost_of_more_sweeps_is_more() -> None:
+    wide = nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 10)).double()
+    few, many = nm.variance.compare(
+        wide, nm.Categorical(), inputs(1000), estimators=[nm.MonteCarlo(1), nm.MonteCarlo(100)]
+    )[ALL]
+    assert 0 < few.cost < many.cost
+
+
 def test_entries_without_information_are_counted_and_left_out() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
     with torch.no_grad():
@@ -204,6 +237,7 @@ def test_table_and_json(digits: Comparison) -> None:
     lines = str(digits).splitlines()
     assert "N = 512" in lines[0]
     assert lines[2].split()[:5] == ["layer", "entries", "trace", "estimator", "sweeps"]
+    assert "forward and backward passes" in lines[0]
     table = lines[3 : 3 + 4 * len(DEFAULT)]
     assert [line.split()[0] for line in table[3::3]] == ["0", "2", "4"]
     assert sum(line.count("RandomSigns(probes=1)") for line in table) == 4
@@ -240,5 +274,8 @@ def test_refusals() -> None:
         nm.variance.compare(model, nm.Categorical(), x, estimators=[nm.MonteCarlo])
     with pytest.raises(nm.errors.UnsupportedError, match=r"Empirical.*no closed form"):
         nm.variance.compare(model, nm.Categorical(), x, estimators=[nm.Empirical()])
+    once = iter([(x, None)])
+    with pytest.raises(nm.errors.UnsupportedError, match=r"Hessian reads the data more than once"):
+        nm.variance.compare(model, nm.Categorical(), once, estimators=[nm.Hessian()])
     with pytest.raises(KeyError, match=r"no group 'head'.*'0'"):
         nm.variance.compare(model, nm.Categorical(), x)["head"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributions as td
 
 import neuromanifold as nm
 from neuromanifold.testing import layer_cases, reference
@@ -180,10 +183,132 @@ def test_gaussian_labels_have_one_relative_error_whatever_the_network() -> None:
 
 def test_what_has_no_closed_form_is_refused() -> None:
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
-    normal = nm.FromDistribution(
-        lambda f: torch.distributions.Independent(torch.distributions.Laplace(f, 1.0), 1)
-    )
-    with pytest.raises(nm.errors.UnsupportedError, match=r"no closed form.*nm\.estimate"):
-        nm.variance.diagonal(model, normal, x)
     with pytest.raises(nm.errors.UnsupportedError, match=r"Empirical.*no closed form"):
         nm.variance.diagonal(model, nm.Gaussian(), (x, torch.randn(4, 2)), estimator=nm.Empirical())
+    laplace = nm.FromDistribution(lambda f: td.Independent(td.Laplace(f, 1.0), 1))
+    for estimator in (nm.Exact(), nm.RandomSigns()):
+        with pytest.raises(nm.errors.UnsupportedError, match=r"output Fisher.*MonteCarlo"):
+            nm.variance.diagonal(model, laplace, x, estimator=estimator)
+
+
+@pytest.mark.parametrize(
+    ("fn", "closed"),
+    [
+        (lambda f: td.Categorical(logits=f), nm.Categorical()),
+        (lambda f: td.Bernoulli(logits=f[:, 0]), nm.Categorical()),
+    ],
+)
+def test_a_finite_support_is_enumerated(
+    fn: Callable[[Tensor], td.Distribution], closed: nm.Likelihood
+) -> None:
+    """Also for blocks and bounds, since it is one form of the fourth moment."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, own = torch.randn(9, 3, dtype=torch.float64), nm.FromDistribution(fn)
+
+    def of_two(x: Tensor) -> Tensor:
+        """The logits of yes and no, where there is but one."""
+        out = model(x)
+        return out if "Categorical" in str(fn(out)) else nn.functional.pad(out[:, :1], (1, 0))
+
+    for estimator in (nm.MonteCarlo(2), nm.RandomSigns(3), nm.Exact()):
+        got, expected = (
+            nm.variance.diagonal(model, own, x, estimator=estimator),
+            nm.variance.diagonal(
+                model, closed, x, estimator=estimator, forward=lambda _, batch: of_two(batch)
+            ),
+        )
+        assert not got.variance_errors
+        assert_same(flat(got.value), flat(expected.value))
+        for source, variance in expected.variances.items():
+            assert_same(flat(got.variances[source]), flat(variance))
+    assert (
+        flat(nm.variance.bound(model, own, x))
+        >= flat(nm.variance.diagonal(model, own, x).variances["labels"]) * (1 - RTOL)
+    ).all()
+
+
+def normal(f: Tensor) -> td.Distribution:
+    return td.Independent(td.Normal(f, 0.7), 1)
+
+
+def laplace(f: Tensor) -> td.Distribution:
+    return td.Independent(td.Laplace(f, 0.7), 1)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def measured(model: nn.Module, fn: Callable[[Tensor], td.Distribution], x: Tensor) -> Measured:
+    """Value, its error, both variances, and the error of the latter, `(seeds, P)` each."""
+    rows = []
+    for seed in range(60):
+        rng = torch.Generator().manual_seed(seed)
+        got = nm.variance.diagonal(model, nm.FromDistribution(fn), x, generator=rng)
+        labels = flat(got.variances["labels"])
+        rows.append(
+            (
+                flat(got.value),
+                (labels / 64).sqrt(),  # of 64 labels instead of one
+                flat(got.variances["data"]),
+                labels,
+                flat(got.variance_errors["labels"]),
+            )
+        )
+    return Measured(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+class Measured(NamedTuple):
+    value: Tensor
+    value_error: Tensor
+    data: Tensor
+    labels: Tensor
+    labels_error: Tensor
+
+
+def assert_unbiased(draws: Tensor, expected: Tensor) -> None:
+    stderr = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 6 * stderr).all()
+
+
+def assert_spread(draws: Tensor, errors: Tensor) -> None:
+    """The errors that were stated are those that are seen, over all parameters together."""
+    ratio = errors.square().mean(0) / draws.var(0)
+    assert 0.8 < ratio.mean() < 1.25
+
+
+def test_moments_are_measured_with_their_own_error() -> None:
+    model, x = network(), torch.randn(25, 3, dtype=torch.float64)
+    expected = nm.variance.diagonal(model, nm.Gaussian(0.7**2), x)
+    got = measured(model, normal, x)
+    for value, data in zip(got.value, got.data, strict=True):
+        assert_same(value, flat(expected.value))
+        assert_same(data, flat(expected.variances["data"]))
+    assert_unbiased(got.labels, flat(expected.variances["labels"]))
+    assert_spread(got.labels, got.labels_error)
+
+
+def test_where_the_output_fisher_has_no_exact_form_either() -> None:
+    """A Laplace score is a sign over the scale b: `E z² = 1/b²` and κ₄ = −2/b⁴ per output."""
+    model, x = network(), torch.randn(25, 3, dtype=torch.float64)
+    same = nm.variance.diagonal(model, nm.Gaussian(0.7**2), x)
+    quartic = reference.jacobian(model, x).pow(4).sum(1).mean(0) / 0.7**4
+    expected = flat(same.variances["labels"]) - 2 * quartic / len(x)
+    certain = expected <= 1e-12 * expected.max()  # the last layer: a parameter for each output
+    got = measured(model, laplace, x)
+    for name, truth in (("value", flat(same.value)), ("labels", expected)):
+        draws, errors = getattr(got, name), getattr(got, f"{name}_error")
+        assert_unbiased(draws[:, ~certain], truth[~certain])
+        assert_spread(draws[:, ~certain], errors[:, ~certain])
+        assert_same(draws[0, certain] + 1, truth[certain] + 1)
+    assert not got.labels[:, certain].any()
+    assert_unbiased(got.data[:, ~certain], flat(same.variances["data"])[~certain])
+
+
+def test_any_likelihood_is_compared() -> None:
+    model, x = network(), torch.randn(25, 3, dtype=torch.float64)
+    for fn in (normal, lambda f: td.Categorical(logits=f)):
+        table = nm.variance.compare(model, nm.FromDistribution(fn), x)
+        assert len(table["all parameters"]) == 3

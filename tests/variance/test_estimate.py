@@ -17,6 +17,7 @@ from neuromanifold.testing import layer_cases, reference
 from neuromanifold.testing.cases import CASES, Case
 
 QUANTITIES = ("trace", "layers", "diagonal", "quadratic")
+EVERY = (*QUANTITIES, "entries", "eigenvalue")
 MODELS = [
     *[c for c in CASES if str(c).partition("-")[0] in ("mlp", "conv2d", "reused")],
     *[c for c in layer_cases.LAYERS if str(c) in ("attention_self", "tied_head")],
@@ -186,6 +187,122 @@ def test_intervals_cover(quantity: Any, estimator: nm.estimators.Estimator) -> N
         assert counted.max() <= 0.98 * seeds
 
 
+class Stream:
+    """Batches whose number is not known: products need the model."""
+
+    def __init__(self, *batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("kind", [list, Stream])
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_the_largest_eigenvalue_and_its_noise(case: Case, kind: Any) -> None:
+    model, (x, y) = case.model(), case.data()
+    parts = (x[:2], y[:2]), (x[2:], y[2:])
+    dense = reference.dense_fisher(model, case.likelihood, (x, y))
+    values, vectors = torch.linalg.eigh(dense)
+    got = nm.estimate(
+        model,
+        case.likelihood,
+        list(parts) if kind is list else Stream(*parts),
+        "eigenvalue",
+        estimator=nm.Exact(),
+    )
+    assert_same(got.value, values[-1])  # type: ignore[arg-type]
+    shortfall = float(got.error("iteration"))  # type: ignore[arg-type]
+    assert shortfall <= 1e-12 * values[-1]
+    along = nm.estimate(
+        model, case.likelihood, (x, y), "quadratic", vector=vectors[:, -1], estimator=nm.Exact()
+    )
+    # An error of the vector of 1e-8 over the gap shows in the variance to first order.
+    allowed = 1e-6 * values[-1] / (values[-1] - values[-2])
+    error = got.variances["data"] - along.variances["data"]  # type: ignore[operator]
+    assert error.abs() <= allowed * along.variances["data"]
+
+
+def test_sampled_labels_find_the_eigenvalue_of_the_exact_matrix() -> None:
+    model, x = network(), inputs(300)
+    exact = nm.fisher(model, nm.Categorical(), x, nm.Dense(), estimator=nm.Exact())
+    top = exact.eigenvalues(1)[0]
+    runs = [
+        nm.estimate(model, nm.Categorical(), x, "eigenvalue", rtol=0.2, generator=seeded(s))
+        for s in range(40)
+    ]
+    values = torch.stack([run.value for run in runs])  # type: ignore[misc]
+    labels = torch.stack([run.error("labels") for run in runs])  # type: ignore[misc]
+    assert (values.mean() - top).abs() < 4 * values.std() / len(runs) ** 0.5
+    assert values.std() == pytest.approx(float(labels.square().mean().sqrt()), rel=4 / 80**0.5)
+
+
+def test_the_interval_of_the_eigenvalue_covers() -> None:
+    """That of all inputs: the value is too large by much less than its error."""
+    model, seeds = network(), 100
+    F = nm.fisher(
+        model, nm.Categorical(), inputs(100_000, seed=1234), nm.Dense(), estimator=nm.Exact()
+    )
+    truth, covered = F.eigenvalues(1)[0], 0
+    for seed in range(seeds):
+        got = nm.estimate(
+            model, nm.Categorical(), inputs(300, seed), "eigenvalue", rtol=0.2, estimator=nm.Exact()
+        )
+        low, high = got.interval(0.95)
+        covered += bool(low <= truth <= high)  # type: ignore[operator]
+    assert abs(covered / seeds - 0.95) < 3 * (0.95 * 0.05 / seeds) ** 0.5
+
+
+def test_no_information_has_the_eigenvalue_zero() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    got = nm.estimate(model, nm.Categorical(), inputs(20), "eigenvalue", params=["0.*"])
+    assert got.reached
+    assert got.value == got.stderr == 0
+
+
+@pytest.mark.parametrize(("share", "rtol"), [(None, 0.06), (0.25, 0.05)])
+def test_so_many_entries_are_within_the_tolerance(share: float | None, rtol: float) -> None:
+    model, x = network(), inputs(3000)
+
+    def run(max_draws: int) -> nm.Estimated:
+        return nm.estimate(
+            model,
+            nm.Categorical(),
+            x,
+            "entries",
+            rtol=rtol,
+            quantile=share,
+            max_draws=max_draws,
+            generator=seeded(0),
+        )
+
+    def known(got: nm.Estimated) -> float:
+        """Share of the entries within it, in the worst tensor."""
+        shares = {name: 1.96 * e <= rtol for name, e in got.relative.items()}  # type: ignore[union-attr]
+        return min(float(within.double().mean()) for within in shares.values())
+
+    wanted = share or 0.5
+    got = run(1000)
+    assert got.reached
+    assert known(got) >= wanted
+    before = run(got.draws - 2)  # where one round less was not enough
+    assert not before.reached
+    assert "labels for each input, max_draws" in before.note
+    assert known(before) < wanted
+
+
+def test_entries_that_are_zero_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([-100.0, -100.0, -100.0, 1.0]))
+    x = inputs(40)  # too few for the one unit that is alive
+    got = nm.estimate(model, nm.Categorical(), x, "entries", rtol=0.05, params=["0.*"])
+    assert not got.reached
+    assert "0.weight" in got.note
+
+
 def test_it_draws_until_the_tolerance_and_no_further() -> None:
     model, x = network(), inputs(3000)
     loose, tight = (
@@ -245,7 +362,7 @@ def interrupted_at(batch: int) -> Any:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 6])
-@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("quantity", EVERY)
 def test_an_interrupted_run_goes_on(quantity: Any, batch: int, tmp_path: Path) -> None:
     model, x = network(), [(part,) for part in inputs(200).split(60)]
     path = tmp_path / "draws"
@@ -368,6 +485,9 @@ def test_a_file_that_is_no_such_file_is_refused(tmp_path: Path) -> None:
         ({"confidence": 95}, "between 0 and 1"),
         ({"max_draws": 1}, "max_draws is at least 2"),
         ({"quantity": "quadratic"}, "give vector"),
+        ({"quantile": 0.5}, "goes with quantity="),
+        ({"quantity": "entries", "quantile": 0.0}, "share of the entries"),
+        ({"quantity": "entries", "quantile": 50}, "share of the entries"),
         ({"vector": torch.ones(31)}, "take no vector"),
         ({"quantity": "quadratic", "vector": torch.ones(30)}, r"shape \(31,\)"),
         ({"quantity": "quadratic", "vector": torch.ones(31, 2)}, "one vector"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -39,6 +40,40 @@ def test_interval() -> None:
     for wrong in (0.0, 1.0, 95.0):
         with pytest.raises(ValueError, match=rf"between 0 and 1.*got {wrong}"):
             estimate().interval(wrong)
+
+
+def test_interval_of_what_cannot_be_negative() -> None:
+    """Symmetric in the logarithm; the symmetric interval where the error is small."""
+    found = estimate()
+    low, high = found.interval(0.6826894921370859, positive=True)
+    torch.testing.assert_close(low["weight"], torch.tensor([2.0 * math.exp(-0.25), 0.0]))
+    torch.testing.assert_close(high["weight"], torch.tensor([2.0 * math.exp(0.25), 0.0]))
+    nothing = Estimate(torch.tensor(0.0), {"data": torch.tensor(4.0)})
+    low, high = nothing.interval(0.6826894921370859, positive=True)
+    torch.testing.assert_close(low, torch.tensor(0.0))
+    torch.testing.assert_close(high, torch.tensor(2.0))
+    negative = Estimate(torch.tensor(-3.0), {"data": torch.tensor(4.0)})
+    with pytest.raises(ValueError, match=r"is -3, .*Use the symmetric interval"):
+        negative.interval(positive=True)
+
+
+def test_rare_large_contributions_are_covered_by_the_positive_interval() -> None:
+    """One of ten inputs makes all of the value: misses are balanced, and there are fewer."""
+    runs, num, truth = 4000, 100, 0.1
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(runs, num, generator=generator, dtype=torch.float64) < truth).double()
+    found = Estimate(x.mean(dim=1), {"data": x.var(dim=1) / num}, num_samples=num)
+
+    def misses(positive: bool) -> tuple[float, float]:
+        low, high = found.interval(0.95, positive=positive)
+        assert isinstance(low, torch.Tensor)
+        assert isinstance(high, torch.Tensor)
+        return float((high < truth).double().mean()), float((low > truth).double().mean())
+
+    error = (0.05 * 0.95 / runs) ** 0.5
+    assert sum(misses(positive=False)) > 0.05 + 3 * error
+    assert sum(misses(positive=True)) < 0.05 + 3 * error
+    assert misses(positive=True)[0] < misses(positive=False)[0] / 2
 
 
 def test_plain_data() -> None:

@@ -86,6 +86,36 @@ def test_what_is_planned_is_enough(quantity: Any, estimator: nm.estimators.Estim
         assert good <= 0.985 * runs
 
 
+@pytest.mark.parametrize("share", [None, 0.9])
+def test_so_many_entries_are_known_with_what_is_planned(share: float | None) -> None:
+    model = network()
+    plan = nm.variance.plan(
+        model, nm.Categorical(), inputs(2000), rtol=RTOL, quantity="entries", quantile=share
+    )
+    x = inputs(plan.inputs, seed=1)
+    found = nm.variance.diagonal(
+        model, nm.Categorical(), x, estimator=nm.MonteCarlo(plan.labels)
+    ).relative
+    within = {name: float((1.96 * e <= RTOL).double().mean()) for name, e in found.items()}  # type: ignore[union-attr]
+    # Of the parameter that asks for most; tensors of three entries know shares to a third.
+    worst = max(plan.needed, key=lambda name: plan.needed[name])
+    assert abs(within[worst] - (share or 0.5)) <= 0.34
+    assert min(within.values()) >= (share or 0.5) - 0.34
+    more = nm.variance.plan(model, nm.Categorical(), inputs(2000), rtol=RTOL, quantity="diagonal")
+    assert plan.inputs != more.inputs
+
+
+def test_the_eigenvalue_asks_for_what_its_variances_say() -> None:
+    model, x = network(), inputs(2000)
+    plan = nm.variance.plan(model, nm.Categorical(), x, quantity="eigenvalue", generator=seeded(0))
+    got = nm.estimate(model, nm.Categorical(), x, "eigenvalue", estimator=nm.Exact(), rtol=RTOL)
+    F = nm.fisher(model, nm.Categorical(), x, nm.Dense(), estimator=nm.Exact())
+    data = float(2000 * got.variances["data"] / F.eigenvalues(1)[0] ** 2)  # type: ignore[operator]
+    (demand,) = plan.demands.values()
+    assert demand.data == pytest.approx(data, rel=0.3)
+    assert plan.inputs == demand.inputs(plan.labels)
+
+
 def test_labels_for_the_inputs_at_hand() -> None:
     plan = nm.variance.plan(network(), nm.Categorical(), inputs(400), rtol=RTOL)
     labels = plan.labels_for(plan.inputs)
@@ -99,16 +129,15 @@ def test_labels_for_the_inputs_at_hand() -> None:
         assert demand.inputs(found) <= plan.inputs
 
 
-def test_without_a_closed_form_labels_are_drawn() -> None:
-    model, x = network(), inputs(2000)
-    drawn = nm.FromDistribution(lambda f: torch.distributions.Categorical(logits=f))
-    got = nm.variance.plan(model, drawn, x, rtol=RTOL, generator=seeded(0))
-    closed = nm.variance.plan(model, nm.Categorical(), x, rtol=RTOL)
-    assert got.pilot.draws == 8
+def test_without_a_closed_form_the_noise_of_labels_is_measured() -> None:
+    model, x = network(), inputs(1000)
+    normal = nm.FromDistribution(
+        lambda f: torch.distributions.Independent(torch.distributions.Normal(f, 1.0), 1)
+    )
+    got = nm.variance.plan(model, normal, x, rtol=RTOL, generator=seeded(0))
+    closed = nm.variance.plan(model, nm.Gaussian(), x, rtol=RTOL)
     for name, demand in closed.demands.items():
-        # The noise of data is what is left of a variance, most of which may be that of labels.
-        most = 0.1 * demand.data + 0.03 * demand.drawn
-        assert got.demands[name].data == pytest.approx(demand.data, abs=most)
+        assert got.demands[name].data == pytest.approx(demand.data, rel=1e-6)
         assert got.demands[name].drawn == pytest.approx(demand.drawn, rel=0.1)
 
 
@@ -154,6 +183,7 @@ def test_seconds_bytes_and_how_it_reads() -> None:
         ({"confidence": 1.0}, "between 0 and 1"),
         ({"quantity": "rank"}, "quantity is one of"),
         ({"quantity": "quadratic"}, "give vector"),
+        ({"quantile": 0.5}, "goes with quantity="),
         ({"vector": torch.ones(31)}, "take no vector"),
         ({"data": inputs(1)}, "at least 2 inputs"),
         ({"data": iter([inputs(8)])}, "only once"),

@@ -1,5 +1,7 @@
 """Estimates that run until they are sure enough."""
 
-from neuromanifold._estimation.run import Estimated, Wanted, estimate, shares
+from neuromanifold._estimation.numbers import Wanted, checked_share
+from neuromanifold._estimation.result import Estimated, shares
+from neuromanifold._estimation.run import estimate
 
-__all__ = ["Estimated", "Wanted", "estimate", "shares"]
+__all__ = ["Estimated", "Wanted", "checked_share", "estimate", "shares"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,13 +16,36 @@ from neuromanifold.layers import Factored, Record
 from neuromanifold.linalg import Vector
 from neuromanifold.structures._base import RECORD_NUMEL
 
-__all__ = ["Entries", "Numbers", "Quadratic", "Traces"]
+__all__ = ["Entries", "Numbers", "Quadratic", "Traces", "Wanted", "checked_share"]
+
+Wanted: TypeAlias = Literal["trace", "layers", "diagonal", "entries", "quadratic", "eigenvalue"]
+
+
+def checked_share(quantity: Wanted, quantile: float | None) -> float | None:
+    """The share of entries that has to be known, for the one quantity that has it."""
+    if quantity != "entries":
+        if quantile is not None:
+            raise ValueError('quantile goes with quantity="entries" alone.')
+        return None
+    share = 0.5 if quantile is None else quantile
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"quantile is the share of the entries that is known well enough, above 0 and at most "
+            f"1; got {share}."
+        )
+    return share
 
 
 class Numbers(ABC):
-    """What is estimated: K numbers for each input and draw."""
+    """What is estimated: K numbers for each input and draw.
+
+    Attributes:
+        numel: K.
+        fixed: variances by source, `(K,)` each, that no draws change.
+    """
 
     numel: int
+    fixed: Mapping[str, Tensor] = MappingProxyType({})
 
     @abstractmethod
     def sums(self, records: Iterator[Record], draws: int) -> Tensor:
@@ -53,11 +78,20 @@ class Traces(Numbers):
 
 
 class Quadratic(Numbers):
-    """Square of each sample's score along a vector."""
+    """Square of each sample's score along a vector.
+
+    Args:
+        plan: which parameters.
+        vector: over them.
+        fixed: variances that no draws change.
+    """
 
     numel = 1
 
-    def __init__(self, plan: Plan, vector: Vector) -> None:
+    def __init__(
+        self, plan: Plan, vector: Vector, fixed: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        self.fixed = fixed
         rows, _ = plan.layout.rows(vector)
         if len(rows) != 1:
             raise ValueError(f"vector is one vector, flat (P,); got {len(rows)} of them.")
@@ -124,11 +158,23 @@ def _along(record: Record, weights: Tensor) -> Tensor:
     for part in record.parts:
         along = weights[part.groups]
         if isinstance(part, Factored):
-            products = (part.g @ along[:, None]) * part.augmented
+            # Through the inputs, which all sweeps share: Σ_t g_t · (W ã_t).
+            pushed = _pushed(part, along).unflatten(1, part.g.shape[2:4])  # (G, N, T, O)
+            products = part.g * pushed
         else:
             products = part.per_sample() * along[:, None]
         inner.append(products.sum(dim=(1, 3, 4), dtype=torch.float64))
     return torch.stack(inner).sum(dim=0)
+
+
+def _pushed(part: Factored, along: Tensor) -> Tensor:
+    """The inputs times a weight matrix `(G, O, I)` with the bias as last column, `(G, N·T, O)`."""
+    bias = along[..., -1][:, None] if part.biased else None
+    if part.a is None:
+        assert bias is not None
+        return bias.expand(-1, part.g.shape[2] * part.g.shape[3], -1)
+    inputs, weight = part.a.flatten(1, 2), along[..., : part.a.shape[-1]].mT
+    return inputs @ weight if bias is None else torch.baddbmm(bias, inputs, weight)
 
 
 def _entry_sums(record: Record, draws: int) -> Tensor:

@@ -71,6 +71,22 @@ class Estimator(ABC):
             f"nm.RandomSigns() or nm.Exact(), or estimate it from draws by nm.estimate(...)."
         )
 
+    def require_columns(self, moments: Moments) -> None:
+        """Refuse moments of an output Fisher that was itself measured from labels.
+
+        Raises:
+            UnsupportedError: If it was.
+        """
+        if moments.quartic is None:
+            raise UnsupportedError(
+                f"{self!r} needs the output Fisher in exact form, and this likelihood has none. "
+                f"Use nm.MonteCarlo(), which needs only its score and samples."
+            )
+
+    def noise_errors(self, moments: Moments) -> dict[str, Params]:
+        """Standard errors of `noise`, for the sources where it is measured itself."""
+        return {}
+
     def noise_bounds(self, moments: Moments) -> dict[str, Params]:
         """Upper bounds on `noise`, for the sources that have one.
 

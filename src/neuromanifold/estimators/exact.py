@@ -51,6 +51,7 @@ class Exact(Estimator):
 
     def noise(self, moments: Moments) -> dict[str, Params]:
         """None: nothing is drawn."""
+        self.require_columns(moments)
         return {}
 
     def output_product(

@@ -64,5 +64,6 @@ class RandomSigns(Estimator):
 
     def noise(self, moments: Moments) -> dict[str, Params]:
         """Of random signs: `2 I² − 2 Σ_c γ_c⁴`."""
+        self.require_columns(moments)
         draws = moments.num_samples * self.probes
         return {"probes": {name: v / draws for name, v in moments.of_signs.items()}}

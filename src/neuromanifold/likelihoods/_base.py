@@ -18,6 +18,7 @@ __all__ = [
     "ColumnCumulants",
     "Likelihood",
     "at_least_float32",
+    "evenly",
     "rademacher",
     "random_device",
     "sum_event",
@@ -44,6 +45,36 @@ def rademacher(shape: torch.Size, outputs: Tensor, generator: torch.Generator | 
     device = random_device(generator, outputs)
     bits = torch.randint(2, shape, generator=generator, device=device)
     return bits.to(outputs).mul_(2).sub_(1)
+
+
+def evenly(weights: Tensor, num: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `num` indices of the last axis, each in proportion to its weight, as evenly as can be.
+
+    One uniform number per row places `num` equidistant points on the cumulative weights, so that an
+    index of share w is drawn ⌊num w⌋ or ⌈num w⌉ times. Alone, each of the draws is distributed like
+    an independent one. The indices are laid out in random order, since points that miss each other
+    could meet alike entries in a periodic one: one order for all rows, because rows only have to be
+    independent given it.
+
+    Args:
+        weights: `(..., C)`, not negative; not all zero.
+        num: draws per row.
+        generator: source of randomness.
+
+    Returns:
+        Indices `(num, ...)`.
+    """
+    device = random_device(generator, weights)
+    *rows, size = weights.shape
+    order = torch.randperm(size, generator=generator, device=device).to(weights.device)
+    cumulative = weights[..., order].cumsum(-1)
+    uniform = torch.rand((*rows, 1), generator=generator, dtype=weights.dtype, device=device)
+    turns = torch.rand((*rows, num), generator=generator, device=device).argsort(-1)
+    points = ((turns + uniform) / num).to(weights.device)
+    # Rounding may make the last point 1: it belongs to the last index of positive weight.
+    points = points.clamp(max=1 - torch.finfo(weights.dtype).eps)
+    found = torch.searchsorted(cumulative, points * cumulative[..., -1:], right=True)
+    return order[found].movedim(-1, 0)
 
 
 @dataclass(frozen=True)
@@ -171,6 +202,59 @@ class Likelihood(ABC):
             for device in forked:
                 torch.cuda.default_generators[device.index].manual_seed(int(seed))
             return self.distribution(outputs).sample(torch.Size([num]))
+
+    def even_scores(
+        self,
+        outputs: Tensor,
+        num: int,
+        *,
+        weighted: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Scores of `num` targets that cover the distribution more evenly than independent ones.
+
+        Their mean outer product has the output Fisher as its expectation, like that of scores of
+        independent targets, and varies less. Each has a random sign at each position: the draws of
+        a position compensate one another, and without signs so would their sums over positions,
+        which then would be alike in square.
+
+        Args:
+            outputs: the network's outputs.
+            num: how many scores.
+            weighted: draw a target y in proportion to what it adds to the trace of the output
+                Fisher, `p_y ‖score_y‖²`, instead of `p_y`, and scale its score to make up for that.
+            generator: source of randomness.
+
+        Yields:
+            Tensors like `outputs`.
+
+        Raises:
+            UnsupportedError: If the likelihood has no way to do that.
+        """
+        outputs = self.canonical(outputs).detach()
+        support = self._finite_support(outputs)
+        if support is None:
+            raise self._no_even_scores(weighted)
+        targets, p = support[0], support[1].T  # (S, N, *event), (N, S)
+        weights = p
+        if weighted:
+            norms = [at_least_float32(self.score(outputs, y)).square() for y in targets]
+            weights = p * torch.stack([sum_event(z, outputs.ndim - 1) for z in norms], dim=1)
+            weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, p)
+        share = weights / weights.sum(1, keepdim=True)
+        scale = torch.where(share > 0, p / share, 0).sqrt()
+        rows = torch.arange(len(outputs), device=outputs.device)
+        for drawn in evenly(weights, num, generator):
+            factor = scale[rows, drawn] * rademacher(drawn.shape, scale, generator)
+            score = at_least_float32(self.score(outputs, targets[drawn, rows]))
+            yield (score * factor.reshape(-1, *[1] * (outputs.ndim - 1))).to(outputs.dtype)
+
+    def _no_even_scores(self, weighted: bool) -> UnsupportedError:
+        kind = "weighted" if weighted else "stratified"
+        return UnsupportedError(
+            f"{self!r} has no list of possible targets, so that there are no {kind} labels. Use "
+            f'nm.MonteCarlo(...) with labels="independent", or nm.RandomSigns(...).'
+        )
 
     def num_columns(self, outputs: Outputs) -> int:
         """How many columns `fisher_columns` yields."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neuromanifold._typing import Outputs
+from neuromanifold.errors import UnsupportedError
 from neuromanifold.likelihoods._base import (
     ColumnCumulants,
     Likelihood,
@@ -63,6 +64,36 @@ class DiagonalLikelihood(Likelihood):
         root = self._information(self.canonical(outputs).detach()).sqrt()
         for _ in range(num):
             yield (root * rademacher(root.shape, root, generator)).to(outputs.dtype)
+
+    def even_scores(
+        self,
+        outputs: Tensor,
+        num: int,
+        *,
+        weighted: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Scores of targets that cover each entry's distribution evenly.
+
+        Raises:
+            UnsupportedError: If they are to be weighted: the score of an entry, scaled so that all
+                of its targets add the same, is its information's root with a random sign.
+        """
+        if weighted:
+            raise UnsupportedError(
+                f"Weighted labels of {self!r} would be random signs: each entry of the outputs has "
+                f"a target of its own. Use nm.RandomSigns(...)."
+            )
+        outputs = self.canonical(outputs).detach()
+        for targets, signs in self._even_targets(outputs, num, generator):
+            score = at_least_float32(self.score(outputs, targets))
+            yield (score * signs).to(outputs.dtype)
+
+    def _even_targets(
+        self, outputs: Tensor, num: int, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Targets of `even_scores`, and the signs of their scores."""
+        raise self._no_even_scores(weighted=False)
 
     def column_cumulants(self, outputs: Tensor) -> ColumnCumulants:
         """Entries are independent: the excess kurtosis of each."""

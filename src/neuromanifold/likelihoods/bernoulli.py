@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,12 @@ from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Distribution, Independent
 
 from neuromanifold._typing import Outputs
-from neuromanifold.likelihoods._base import at_least_float32, random_device
+from neuromanifold.likelihoods._base import (
+    at_least_float32,
+    evenly,
+    rademacher,
+    random_device,
+)
 from neuromanifold.likelihoods._diagonal import DiagonalLikelihood
 
 __all__ = ["Bernoulli"]
@@ -48,6 +54,13 @@ class Bernoulli(DiagonalLikelihood):
         p = at_least_float32(self.canonical(outputs).detach()).sigmoid()
         drawn_from = p.to(random_device(generator, p)).expand(num, *p.shape)
         return torch.bernoulli(drawn_from, generator=generator).to(p.device)
+
+    def _even_targets(
+        self, outputs: Tensor, num: int, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        p = at_least_float32(outputs).sigmoid()
+        for labels in evenly(torch.stack((1 - p, p), dim=-1), num, generator):
+            yield labels.to(p.dtype), rademacher(p.shape, p, generator)
 
     def _information(self, outputs: Tensor) -> Tensor:
         logits = at_least_float32(outputs)

@@ -16,6 +16,7 @@ from neuromanifold.likelihoods._base import (
     ColumnCumulants,
     Likelihood,
     at_least_float32,
+    evenly,
     rademacher,
     random_device,
     sum_event,
@@ -131,6 +132,29 @@ class Categorical(Likelihood):
         # u < 1, so the scaled u stays below the last entry and a class of probability 0 never wins.
         labels = torch.searchsorted(cumulative, u * cumulative[..., -1:], right=True)
         return labels.movedim(-1, 0)
+
+    def even_scores(
+        self,
+        outputs: Tensor,
+        num: int,
+        *,
+        weighted: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Each position for itself: `±√(p_y / q_y) (e_y − p)` for labels y drawn evenly from q."""
+        p = self._probabilities(outputs)
+        q = p
+        if weighted:
+            # ‖e_c − p‖²; in float32 that of a sure label is rounding, and any q is unbiased.
+            norms = (1 - p).square() + (p.square().sum(-1, keepdim=True) - p.square())
+            q = p * norms.clamp(min=torch.finfo(p.dtype).eps)
+            q = q / q.sum(-1, keepdim=True)
+        scale = torch.where(q > 0, p / q, 0).sqrt()
+        for labels in evenly(q, num, generator).unsqueeze(-1):
+            factor = scale.gather(-1, labels)
+            factor = factor * rademacher(factor.shape, factor, generator)
+            score = (-p).scatter_add_(-1, labels, torch.ones_like(factor))
+            yield self._back(factor * score, outputs)
 
     def fisher_columns(self, outputs: Tensor) -> Iterator[Tensor]:
         """`√p_c (e_c − p)` at one position at a time: T·C columns."""

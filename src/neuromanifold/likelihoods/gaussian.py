@@ -84,6 +84,12 @@ class Gaussian(DiagonalLikelihood):
         mean = at_least_float32(self.canonical(outputs).detach())
         return mean + self._variance(mean).sqrt() * _standard_normal(num, mean, generator)
 
+    def _even_targets(
+        self, outputs: Tensor, num: int, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        mean = at_least_float32(outputs)
+        return _even_normal(mean, self._variance(mean), num, generator)
+
     def _variance(self, outputs: Tensor) -> Tensor:
         """Variance of every entry, like `outputs`."""
         scale = math.prod(outputs.shape[1:]) if self.per_event else 1
@@ -170,6 +176,24 @@ class GaussianMeanVariance(DiagonalLikelihood):
         mean, variance = self._split(self.canonical(outputs).detach())
         return mean + variance.sqrt() * _standard_normal(num, mean, generator)
 
+    def even_scores(
+        self,
+        outputs: OutputsT,
+        num: int,
+        *,
+        weighted: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[OutputsT]:
+        """Scores of targets that point in orthogonal directions from the mean."""
+        stacked = self.canonical(outputs)
+        for score in super().even_scores(stacked, num, weighted=weighted, generator=generator):
+            yield _like(outputs, score)
+
+    def _even_targets(
+        self, outputs: Tensor, num: int, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return _even_normal(*self._split(outputs), num, generator)
+
     def fisher_columns(self, outputs: OutputsT) -> Iterator[OutputsT]:
         """One column for the mean and one for the second output of every entry."""
         for column in super().fisher_columns(self.canonical(outputs)):
@@ -230,6 +254,35 @@ def _standard_normal(num: int, mean: Tensor, generator: torch.Generator | None) 
     device = random_device(generator, mean)
     shape = (num, *mean.shape)
     return torch.randn(shape, generator=generator, dtype=mean.dtype, device=device).to(mean.device)
+
+
+def _even_normal(
+    mean: Tensor, variance: Tensor, num: int, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normal targets `(N, *K)` in orthogonal directions, up to K of them at a time; signs are one.
+
+    −z beside z would be of no use: the two have the same outer product.
+    """
+    scale, sign = variance.sqrt(), torch.ones((), dtype=mean.dtype, device=mean.device)
+    num_entries = mean[0].numel()
+    for start in range(0, num, num_entries):
+        together = min(num - start, num_entries)
+        # Independent normal vectors: the frame of some has uniform directions, whatever the lengths
+        # of others. So each noise is normal, and noises of a frame are orthogonal.
+        vectors = _standard_normal(2 * together, mean, generator)
+        directions, lengths = vectors.reshape(2, together, len(mean), -1).unbind()
+        frame = _orthonormal(directions.movedim(0, -1)).movedim(-1, 0)  # (S, N, K)
+        noise = frame * lengths.norm(dim=-1, keepdim=True)
+        for z in noise.unbind():
+            yield mean + scale * z.reshape(mean.shape), sign
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Frames `(N, K, S)` with uniform directions from independent normal vectors."""
+    q, r = torch.linalg.qr(vectors)
+    # The factorisation fixes signs by its algorithm; the diagonal of R says how.
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).to(q.dtype)
+    return q * signs.unsqueeze(-2)
 
 
 def _stack(value: OutputsT, outputs: OutputsT) -> Tensor:

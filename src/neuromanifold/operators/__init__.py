@@ -5,6 +5,7 @@ from neuromanifold.operators.algebra import Restriction, Sum
 from neuromanifold.operators.blocks import BlockMatrix, BlockOperator, Matrices, frobenius
 from neuromanifold.operators.coverage import Coverage, CoverageEntry
 from neuromanifold.operators.direct_sum import DirectSum
+from neuromanifold.operators.indefinite import IndefiniteOperator
 
 __all__ = [
     "BlockMatrix",
@@ -13,6 +14,7 @@ __all__ = [
     "CoverageEntry",
     "DirectSum",
     "FisherOperator",
+    "IndefiniteOperator",
     "Matrices",
     "NaiveFallbackWarning",
     "Origin",

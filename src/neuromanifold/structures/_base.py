@@ -127,8 +127,7 @@ class Source:
         if targets is not None:
             self.likelihood.check(outputs, targets)
         self.num_samples += outputs.shape[0]
-        if self.per == "position":
-            self.num_positions += int(self.likelihood.num_positions(outputs, targets))
+        self.num_positions += int(self.likelihood.num_positions(outputs, targets))
 
     @staticmethod
     def _count_bad(outputs: Tensor) -> int:
@@ -320,7 +319,7 @@ class AdditiveStructure(Structure):
         """Sums over the samples and sweeps of a record."""
 
     @abstractmethod
-    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
+    def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> BlockMatrix:
         """The block's matrix, from sums over all data; `normaliser` is N, or the positions."""
 
     @abstractmethod
@@ -335,9 +334,12 @@ class AdditiveStructure(Structure):
         """Parts of a record that are reduced one after the other."""
         return record.split(RECORD_NUMEL, whole=self.whole_gradients)
 
-    def build(self, source: Source) -> BlockOperator:
-        """Stream over the data and assemble one matrix per block."""
-        self.require_fits(source)
+    def collect(self, source: Source) -> dict[str, Statistics]:
+        """Stream over the data: sums by block, over all processes.
+
+        Raises:
+            NonFiniteError: If one holds NaN or infinity.
+        """
         sums: dict[str, Statistics] = {}
         for records in source.sweeps():
             for record in records:
@@ -346,6 +348,12 @@ class AdditiveStructure(Structure):
         blocks = source.plan.blocks  # an order that is the same in all processes
         source.reduce([tensor for block in blocks for tensor in sums[block.name].values()])
         require_finite(sums)
+        return sums
+
+    def build(self, source: Source) -> BlockOperator:
+        """Stream over the data and assemble one matrix per block."""
+        self.require_fits(source)
+        sums = self.collect(source)
         matrices = [
             self.assemble(block, sums[block.name], source.normaliser)
             for block in source.plan.blocks

@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 
 from neuromanifold.capture import Plan
+from neuromanifold.estimators import Hessian
 from neuromanifold.layers import Record
 from neuromanifold.linalg import Block, memory
-from neuromanifold.operators import BlockOperator, Matrices
+from neuromanifold.operators import BlockOperator, FisherOperator, Matrices
 from neuromanifold.structures._base import (
     AdditiveStructure,
     Source,
     Statistics,
     Structure,
     require_finite,
+)
+from neuromanifold.structures.second_order import (
+    Labelled,
+    second_order_blocks,
+    second_order_matrix,
 )
 
 __all__ = ["BlockDiagonal", "Dense"]
@@ -34,8 +40,10 @@ class Dense(Structure):
         """The square of all parameters."""
         return plan.layout.num_parameters**2
 
-    def build(self, source: Source) -> BlockOperator:
-        """Sum the outer products of whole per-sample gradients."""
+    def build(self, source: Source) -> FisherOperator:
+        """Sum the outer products of whole per-sample gradients, or second derivatives."""
+        if isinstance(source.estimator, Hessian):
+            return second_order_matrix(self, source)
         layout = source.plan.layout
         p = layout.num_parameters
         self.require_fits(source)
@@ -77,14 +85,24 @@ class BlockDiagonal(AdditiveStructure):
 
     whole_gradients = True
 
+    def build(self, source: Source) -> FisherOperator:  # type: ignore[override]
+        """Stream over the data; second derivatives are taken where outer products do not do."""
+        if isinstance(source.estimator, Hessian):
+            return second_order_blocks(self, source, self._of_surprise)
+        return super().build(source)
+
     def statistics(self, record: Record) -> Statistics:
         """Outer products of the layer's per-sample gradient."""
         return {"moment": record.block_moment()}
 
-    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> Matrices:
+    def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> Matrices:
         """Their mean."""
         return Matrices(block, statistics["moment"][None].div_(normaliser))
 
     def numel(self, block: Block) -> int:
         """The square of the layer's parameters."""
         return block.num_parameters**2
+
+    @staticmethod
+    def _of_surprise(labelled: Labelled, record: Record) -> Statistics:
+        return {"moment": labelled.block_matrix(record)}

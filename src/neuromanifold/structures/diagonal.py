@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from neuromanifold.estimators import Hessian
 from neuromanifold.layers import Record
 from neuromanifold.linalg import Block, psd
-from neuromanifold.operators import BlockMatrix, frobenius
-from neuromanifold.structures._base import AdditiveStructure, Statistics
+from neuromanifold.operators import BlockMatrix, FisherOperator, frobenius
+from neuromanifold.structures._base import AdditiveStructure, Source, Statistics
+from neuromanifold.structures.second_order import Labelled, second_order_blocks
 
 __all__ = ["Diagonal", "DiagonalMatrix"]
 
@@ -23,11 +25,21 @@ class Diagonal(AdditiveStructure):
         tensor([1., 1.])
     """
 
+    def build(self, source: Source) -> FisherOperator:  # type: ignore[override]
+        """Stream over the data; second derivatives are taken where squares do not do."""
+        if isinstance(source.estimator, Hessian):
+            return second_order_blocks(self, source, self._of_surprise)
+        return super().build(source)
+
+    @staticmethod
+    def _of_surprise(labelled: Labelled, record: Record) -> Statistics:
+        return {"squares": labelled.block_diagonal(record)}
+
     def statistics(self, record: Record) -> Statistics:
         """Squared per-sample gradients."""
         return {"squares": record.squared()}
 
-    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> DiagonalMatrix:
+    def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> DiagonalMatrix:
         """Their mean."""
         return DiagonalMatrix(block, statistics["squares"].div_(normaliser))
 

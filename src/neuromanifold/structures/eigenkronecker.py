@@ -30,7 +30,7 @@ from neuromanifold.structures.factors import Full
 from neuromanifold.structures.kronecker import Kronecker, KroneckerMatrix
 from neuromanifold.structures.passes import sources_of_passes
 
-__all__ = ["EigenKronecker", "EigenKroneckerMatrix"]
+__all__ = ["EigenKronecker", "EigenKroneckerMatrix", "in_eigenbasis", "squares_along"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,9 +130,9 @@ class _Moments(AdditiveStructure):
     def statistics(self, record: Record) -> Statistics:
         """Squared gradients in the eigenbases."""
         bases = self._bases.get(record.block.name)
-        return {} if bases is None else {"moments": _squares(record, *bases)}
+        return {} if bases is None else {"moments": squares_along(record, *bases)}
 
-    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
+    def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> BlockMatrix:
         """Their mean."""
         if "moments" not in statistics:
             return self._matrices[block.name]
@@ -160,7 +160,7 @@ def _settle_null_space(values: Tensor, vectors: Tensor) -> Tensor:
     return torch.where(null[:, None], settled.flip(-1), vectors)
 
 
-def _squares(record: Record, q_out: Tensor | None, q_in: Tensor | None) -> Tensor:
+def squares_along(record: Record, q_out: Tensor | None, q_in: Tensor | None) -> Tensor:
     """Sum over samples and sweeps of `(Q_Bᵀ p Q_A)²`, `(G, O, I)`."""
     part = record.single
     if q_out is None and q_in is None:
@@ -286,3 +286,11 @@ class EigenKroneckerMatrix(BlockMatrix):
         )
         inputs = self.inputs[:, None]
         return psd.eigh(inputs * self.moments[..., None, :] @ inputs.mT)
+
+
+def in_eigenbasis(matrix: KroneckerMatrix) -> EigenKroneckerMatrix:
+    """The same matrix, by its eigenvectors."""
+    values_in, inputs = factors.eigh(matrix.inputs)
+    values_out, outputs = factors.eigh(matrix.outputs)
+    moments = values_out[:, :, None] * values_in[:, None, :]
+    return EigenKroneckerMatrix(matrix.block, moments, outputs, inputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +15,28 @@ from torch.func import jvp, vjp, vmap
 
 from neuromanifold._typing import Params
 from neuromanifold.capture import (
+    Batch,
     Tape,
     check_devices,
     differentiable_twice,
-    functional_model,
     require_function,
 )
 from neuromanifold.errors import UnsupportedError
+from neuromanifold.estimators import Hessian
 from neuromanifold.operators import FisherOperator
 from neuromanifold.structures._base import Source, Structure, unsupported_reducer
 from neuromanifold.structures.diagonal import Diagonal
+from neuromanifold.structures.second_order import INSTEAD, NOTE, of_model, second_order_product
 
 __all__ = ["Implicit", "ImplicitOperator"]
 
-NOTE = "products run attention by the plain mathematics kernel, whose derivatives exist twice"
+PLAIN = "products run attention by the plain mathematics kernel, whose derivatives exist twice"
 
 
 class Implicit(Structure):
     """Products only: one forward-mode and one reverse-mode pass over the data for each.
 
+    With `nm.Hessian()`, it is one pass of forward mode over reverse mode, about twice as long.
     Needs no memory beyond a backward pass. The operator keeps the model and the data; it sees the
     parameters as they are when a product is taken. Sampled labels are the same in every product.
 
@@ -57,6 +59,9 @@ class Implicit(Structure):
                 f"{source.estimator!r} for other samples. Use shuffle=False, or nm.Exact()."
             )
         fresh = source.frozen_randomness()
+        instead = "Measure with nm.Gram(), which needs one pass only."
+        if isinstance(source.estimator, Hessian):
+            instead = f"Or {INSTEAD}, with nm.Gram(), which needs one pass only."
         with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
             for done, batch in enumerate(source.data, start=1):
                 outputs, _ = source.outputs(tape, batch)
@@ -68,7 +73,7 @@ class Implicit(Structure):
                         canonical,
                         batch,
                         outputs,
-                        instead="Measure with nm.Gram(), which needs one pass only.",
+                        instead=instead,
                     )
                 if source.progress is not None:
                     source.progress(done, source.data.num_batches)
@@ -81,10 +86,11 @@ class ImplicitOperator(FisherOperator):
     def __init__(
         self, structure: Implicit, source: Source, fresh: Callable[[], torch.Generator]
     ) -> None:
+        second_order = isinstance(source.estimator, Hessian)
         super().__init__(
             source.plan.layout,
             source.coverage(lambda _: ("Implicit", True, "")),
-            source.origin(structure, (NOTE,)),
+            source.origin(structure, (PLAIN, NOTE) if second_order else (PLAIN,)),
             dtype=source.dtype,
             device=source.device,
         )
@@ -96,32 +102,16 @@ class ImplicitOperator(FisherOperator):
         source, generator = self._source, self._fresh()
         parameters = dict(source.plan.model.named_parameters())
         params = {name: parameters[name].detach() for name in self.layout.names}
-        function = functional_model(source.plan, source.forward, source.likelihood.canonical)
         tangents = {
             name: rows[:, s].reshape(-1, *self.layout.shapes[name]).to(params[name].dtype)
             for name, s in self.layout.slices.items()
         }
+        second_order = isinstance(source.estimator, Hessian)
+        product = second_order_product if second_order else _first_order_product
         total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
         for batch in source.data:
             check_devices(batch, self.device)
-
-            def of_params(params: Params, inputs: Any = batch.inputs) -> Tensor:
-                return function(params, inputs)
-
-            with torch.no_grad(), differentiable_twice(), _explained():
-                outputs, pull = vjp(of_params, params)[:2]
-                try:
-                    pushed = _push(of_params, params, tangents)
-                except NotImplementedError:  # an operator without forward mode
-                    pushed = _push_by_transposing(pull, outputs, tangents)
-                product = source.estimator.output_product(
-                    source.likelihood,
-                    outputs,
-                    source.targets(outputs, batch),
-                    pushed,
-                    generator=generator,
-                )
-                pulled = vmap(pull)(product.to(outputs.dtype))[0]
+            pulled = product(source, batch, params, tangents, generator)
             for name, s in self.layout.slices.items():
                 total[:, s] += pulled[name].reshape(len(total), -1)
         return total / self._normaliser
@@ -129,6 +119,28 @@ class ImplicitOperator(FisherOperator):
     def _diagonal(self) -> Tensor:
         again = replace(self._source, generator=self._fresh(), progress=None)
         return Diagonal().build(again)._diagonal()
+
+
+def _first_order_product(
+    source: Source, batch: Batch, params: Params, tangents: Params, generator: torch.Generator
+) -> Params:
+    """`Σ_n J_nᵀ Σ_out(n) J_n v` for R vectors."""
+    of_params = of_model(source, batch)
+    with torch.no_grad(), differentiable_twice(), _explained():
+        outputs, pull = vjp(of_params, params)[:2]
+        try:
+            pushed = _push(of_params, params, tangents)
+        except NotImplementedError:  # an operator without forward mode
+            pushed = _push_by_transposing(pull, outputs, tangents)
+        product = source.estimator.output_product(
+            source.likelihood,
+            outputs,
+            source.targets(outputs, batch),
+            pushed,
+            generator=generator,
+        )
+        pulled: Params = vmap(pull)(product.to(outputs.dtype))[0]
+    return pulled
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ class Kronecker(AdditiveStructure):
                 statistics[f"{key}.uses"] = uses
         return statistics
 
-    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
+    def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> BlockMatrix:
         """Means: inputs over uses, cotangents over samples."""
         if "squares" in statistics:
             return DiagonalMatrix(block, statistics["squares"].div_(normaliser))

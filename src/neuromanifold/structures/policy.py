@@ -219,7 +219,7 @@ class PerBlock(AdditiveStructure):
         """Those of the block's structure."""
         return self._of(record.block).statistics(record)
 
-    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
+    def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> BlockMatrix:
         """That of the block's structure."""
         return self._of(block).assemble(block, statistics, normaliser)
 

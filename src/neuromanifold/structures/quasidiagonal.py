@@ -61,7 +61,7 @@ class QuasiDiagonal(AdditiveStructure):
         cross = torch.einsum("vgno,vgnoi->goi", p[..., -1], p[..., :-1])
         return {"squares": p.square().sum(dim=(0, 2)), "cross": cross}
 
-    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> BlockMatrix:
+    def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> BlockMatrix:
         """Means, and what the bias leaves of the diagonal."""
         squares = statistics["squares"].div_(normaliser)
         if "cross" not in statistics:

@@ -30,7 +30,7 @@ class UnitWise(AdditiveStructure):
         """Outer products of each unit's per-sample gradient."""
         return {"moments": record.unit_moments()}
 
-    def assemble(self, block: Block, statistics: Statistics, normaliser: int) -> Matrices:
+    def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> Matrices:
         """Their mean, units of all groups in one batch."""
         return Matrices(block, statistics["moments"].flatten(0, 1).div_(normaliser))
 

@@ -33,7 +33,8 @@ def check_likelihood(
 
     Log-probability, score, columns, products and signs agree with each other and with automatic
     derivatives; scores of sampled targets have mean zero, the output Fisher as their covariance,
-    and the fourth moment that is claimed. Sampled quantities agree within five standard errors.
+    and the fourth moment that is claimed; each even score has that covariance. Sampled quantities
+    agree within five standard errors.
 
     Args:
         likelihood: what to check.
@@ -65,6 +66,8 @@ def check_likelihood(
     _check_moments(scores, fisher)
     if fisher is not None:
         _check_signs(likelihood, canonical, fisher, num_draws, generator)
+        for weighted in (False, True):
+            _check_even_scores(likelihood, canonical, fisher, num_draws, weighted, generator)
     _check_fourth_moment(likelihood, canonical, scores, generator)
     if isinstance(outputs, tuple):
         _check_kind(likelihood, outputs, targets)
@@ -183,6 +186,29 @@ def _check_signs(
     )
     signs = signs.reshape(-1, outputs.numel())
     _second_moment_is("The second moment of random_signs", signs, fisher)
+
+
+def _check_even_scores(
+    likelihood: Likelihood,
+    outputs: Tensor,
+    fisher: Tensor,
+    num_draws: int,
+    weighted: bool,
+    generator: torch.Generator,
+) -> None:
+    tiled = _tile(outputs, num_draws // 2)
+    try:
+        drawn = list(likelihood.even_scores(tiled, 2, weighted=weighted, generator=generator))
+    except UnsupportedError as error:
+        _names_alternative(error, "RandomSigns")
+        return
+    assert [u.shape for u in drawn] == [tiled.shape] * 2, (
+        f"even_scores(outputs, 2) must yield 2 tensors like the outputs, {tuple(tiled.shape)}; got "
+        f"{[tuple(u.shape) for u in drawn]}."
+    )
+    for which, u in enumerate(drawn, start=1):
+        name = f"The mean of u uᵀ of {'weighted ' * weighted}even scores, number {which},"
+        _second_moment_is(name, u.reshape(num_draws // 2, -1), fisher)
 
 
 def _check_fourth_moment(

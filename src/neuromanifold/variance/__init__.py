@@ -7,7 +7,7 @@ from neuromanifold.variance.block_errors import BlockErrors, blocks
 from neuromanifold.variance.bounds import bound
 from neuromanifold.variance.comparison import Advice, Comparison, Row, Spread, compare
 from neuromanifold.variance.empirical_bias import Bias, empirical
-from neuromanifold.variance.first import diagonal
+from neuromanifold.variance.first import DiagonalEstimate, diagonal
 from neuromanifold.variance.planning import Demand, Plan, plan
 from neuromanifold.variance.second import second_derivative
 from neuromanifold.variance.spectrum import effective_dimension, eigenvalues, trace
@@ -18,6 +18,7 @@ __all__ = [
     "BlockErrors",
     "Comparison",
     "Demand",
+    "DiagonalEstimate",
     "Plan",
     "Row",
     "Spread",

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from neuromanifold._fisher import requested
 from neuromanifold._typing import Params
 from neuromanifold.capture import Batch, Forward, Tape
-from neuromanifold.errors import UnsupportedError
+from neuromanifold.errors import UnsupportedError, listed
 from neuromanifold.estimators import Estimator, Exact, Moments, MonteCarlo
 from neuromanifold.layers import Factored, Indexed, Record
 from neuromanifold.likelihoods import ColumnCumulants, Likelihood
-from neuromanifold.structures import Progress, Source
+from neuromanifold.structures import Progress, Reducer, Source
 from neuromanifold.structures._base import RECORD_NUMEL, require_finite
 from neuromanifold.structures.rows import Rows, rows_of
 from neuromanifold.variance.moments import column_batches
@@ -115,6 +115,7 @@ def blocks(
     params: Iterable[str] | None = None,
     forward: Forward | None = None,
     uncovered: Literal["generic", "error"] = "generic",
+    reducer: Reducer | None = None,
     progress: bool | Progress = False,
 ) -> BlockErrors:
     """How far an estimator's matrix of each layer is off, in Frobenius norm.
@@ -132,13 +133,15 @@ def blocks(
         params: names or patterns of the parameters.
         forward: how the model is called.
         uncovered: what to do about parameters without a layer rule.
+        reducer: sums over processes.
         progress: True shows a progress bar.
 
     Returns:
         Norms and errors by layer.
 
     Raises:
-        UnsupportedError: If the likelihood or the estimator has no closed form.
+        UnsupportedError: If the likelihood or the estimator has no closed form, or, with a reducer,
+            a layer has more than 2048 parameters: its norm is no sum over samples.
         ValueError: As `nm.fisher`.
 
     Example:
@@ -161,6 +164,7 @@ def blocks(
         params=params,
         forward=forward,
         uncovered=uncovered,
+        reducer=reducer,
         progress=progress,
     )
     with asked as (_, source):
@@ -199,6 +203,7 @@ def _measure(source: Source) -> tuple[dict[str, dict[str, Tensor]], Params, int]
     """Sums over samples by block, the squared norms of the mean blocks, and N."""
     sums: dict[str, dict[str, Tensor]] = {}
     means: dict[str, _Mean] = {}
+    _require_sums(source)
     source = replace(source, estimator=Exact())
     batches = column_batches(
         source
@@ -214,14 +219,30 @@ def _measure(source: Source) -> tuple[dict[str, dict[str, Tensor]], Params, int]
                 means.setdefault(name, _Mean()).add(record)
             if source.progress is not None:
                 source.progress(done, None)
-    require_finite(sums)
     order = [block.name for block in source.plan.blocks]
+    source.reduce([value for name in order for value in sums[name].values()])
+    if source.reducer is not None:
+        # The samples of all processes are counted once, above.
+        replace(source).reduce([means[name].moment for name in order])
+    require_finite(sums)
     n = source.num_samples
     return (
         {name: sums[name] for name in order},
         {name: means[name].squared_norm() / n**2 for name in order},
         n,
     )
+
+
+def _require_sums(source: Source) -> None:
+    """Refuse layers whose samples would have to be compared over processes."""
+    large = [block.name for block in source.plan.blocks if block.num_parameters > LARGEST_MATRIX]
+    if source.reducer is not None and large:
+        raise UnsupportedError(
+            f"The norms of the blocks of {listed(large)} compare all samples with each other, "
+            f"which are not in one process: these layers have more than {LARGEST_MATRIX} "
+            f"parameters. Measure some hundred inputs in one process, without reducer=..., or "
+            f"other layers by params=[...]."
+        )
 
 
 def _columns(source: Source, tape: Tape, batch: Batch) -> tuple[Tensor, ColumnCumulants]:
@@ -298,6 +319,12 @@ class _Mean:
         for start in range(0, record.num_samples, step):
             stop = min(start + step, record.num_samples)
             self._rows.append(rows_of(record.samples(start, stop)))
+
+    @property
+    def moment(self) -> Tensor:
+        """Sum over samples of the block's matrix."""
+        assert self._moment is not None
+        return self._moment
 
     def squared_norm(self) -> Tensor:
         """Squared Frobenius norm of the sum over samples."""

@@ -24,6 +24,7 @@ from torch import nn
 from neuromanifold._fisher import requested
 from neuromanifold._typing import Params
 from neuromanifold.capture import Forward
+from neuromanifold.errors import UnsupportedError
 from neuromanifold.estimators import MonteCarlo
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.structures import Progress, Reducer
@@ -54,7 +55,7 @@ def bound(
 
     Args:
         model: as for `nm.fisher`, like all that follow.
-        likelihood: what the outputs mean; one with a closed form, any but `nm.FromDistribution`.
+        likelihood: what the outputs mean; any but an `nm.FromDistribution` of infinite support.
         data: inputs, with or without targets.
         estimator: how many labels are drawn; `nm.MonteCarlo(1)` by default.
         params: names or patterns of the parameters.
@@ -92,4 +93,10 @@ def bound(
         progress=progress,
     )
     with asked as (_, source):
-        return estimator.noise_bounds(moments(source, bounds=True))["labels"]
+        bounds = estimator.noise_bounds(moments(source, bounds=True))
+    if "labels" not in bounds:
+        raise UnsupportedError(
+            f"{likelihood!r} has no closed form for the fourth moment of its score, so there is no "
+            f"bound on it. nm.variance.diagonal(...) measures it from sampled labels."
+        )
+    return bounds["labels"]

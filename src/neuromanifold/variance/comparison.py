@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from neuromanifold._fisher import requested
 from neuromanifold._typing import Params
-from neuromanifold.capture import Forward
-from neuromanifold.estimators import Estimator, Exact, Moments, MonteCarlo, RandomSigns
+from neuromanifold.capture import Batch, Forward
+from neuromanifold.estimators import Estimator, Exact, Hessian, Moments, MonteCarlo, RandomSigns
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import memory
 from neuromanifold.structures import Progress, Reducer, Source
+from neuromanifold.structures._base import SWEEP_BYTES
 from neuromanifold.structures.cost import load
 from neuromanifold.variance.moments import moments
+from neuromanifold.variance.second import second_derivative
+from neuromanifold.variance.timing import pace, seconds
 
 __all__ = ["Advice", "Comparison", "Row", "Spread", "compare"]
 
@@ -32,7 +35,7 @@ WHOLE = "all parameters"
 UNNAMED = "–"
 """Stands for what has no name or number."""
 WORDS = ("layer", "estimator")
-HEADER: tuple[str, ...] = ("layer", "entries", "trace", "estimator", "sweeps")
+HEADER: tuple[str, ...] = ("layer", "entries", "trace", "estimator", "sweeps", "cost")
 HEADER += ("error", "95 %", "data", "draws", "draws ≤", "bound/true")
 
 
@@ -59,7 +62,9 @@ class Row:
         num_parameters: entries of the diagonal.
         zeros: how many of them are zero; they have no relative error and are left out below.
         estimator: as it is written.
-        sweeps: backward passes for each batch.
+        sweeps: backward passes for each batch; of `nm.Hessian`, as many as take its time.
+        cost: time of the diagonal over that of a forward and backward pass of the model, on the
+            first batch; of all parameters, whatever the group.
         trace: sum of the entries, in nats/parameter². All these estimators have it on average.
         stderr: all sources of error together.
         data: because the inputs are a sample; the same for all estimators.
@@ -75,6 +80,7 @@ class Row:
     zeros: int
     estimator: str
     sweeps: int
+    cost: float
     trace: float
     stderr: Spread
     data: Spread
@@ -148,7 +154,8 @@ class Comparison:
         advice = [f"{advice.group or UNNAMED}: {advice.reason}" for advice in self.advice]
         caption = (
             f"Relative standard error of single entries of the diagonal, N = {self.num_samples:,}: "
-            f"median and {HIGH:.0%} quantile, then medians by source"
+            f"median and {HIGH:.0%} quantile, then medians by source; cost in forward and backward "
+            f"passes"
         )
         return "\n".join([caption, "", *table, "", *advice])
 
@@ -169,13 +176,16 @@ def compare(
 
     All estimators have the same value on average. What differs is the error that their draws add
     to that of the data, and the number of sweeps. Both are closed forms, so nothing is drawn: one
-    pass with all columns of the output Fisher, at the cost of `nm.Exact()`.
+    pass with all columns of the output Fisher, at the cost of `nm.Exact()`. Sweeps and seconds are
+    those of the first batch, which is run some ten times for the latter.
 
     Args:
         model: as for `nm.fisher`, like all that follow.
-        likelihood: what the outputs mean; one with a closed form, any but `nm.FromDistribution`.
-        data: inputs, with or without targets. The sweeps are those of the first batch.
-        estimators: those with a closed form, any but `nm.Empirical`.
+        likelihood: what the outputs mean.
+        data: inputs, with or without targets.
+        estimators: those with a closed form, any but `nm.Empirical`. `nm.Hessian`, the estimator
+            made of second derivatives, takes another pass over the data and more time than all
+            others together (see `nm.variance.second_derivative`).
         params: names or patterns of the parameters.
         forward: how the model is called.
         uncovered: what to do about parameters without a layer rule.
@@ -186,7 +196,8 @@ def compare(
         Rows for the model, its layers and parameters, with advice.
 
     Raises:
-        UnsupportedError: If the likelihood or an estimator has no closed form.
+        UnsupportedError: If an estimator has no closed form, or, with `nm.Hessian`, the data can be
+            read only once.
         TypeError: If an estimator is none.
         ValueError: If there is no estimator, and as `nm.fisher`.
 
@@ -222,19 +233,19 @@ def compare(
         progress=progress,
     )
     with asked as (_, source):
+        if any(isinstance(estimator, Hessian) for estimator in estimators):
+            source.require_repeatable("A comparison with nm.Hessian")
         first, data = source.data.peek()
         source = replace(source, data=data)
-        free = memory.available(source.device)
-        sweeps = [
-            load(replace(source, estimator=estimator), first, free).sweeps
-            for estimator in estimators
-        ]
         found = moments(source, bounds=True)
+        how = {
+            "params": source.plan.layout.names,
+            "forward": source.forward,
+            "uncovered": uncovered,
+            "reducer": reducer,
+        }
+        variances = list(_variances(source, first, estimators, found, how))
         groups = list(_groups(source))
-    variances = [
-        _Variances(repr(estimator), cost, estimator.noise(found), estimator.noise_bounds(found))
-        for estimator, cost in zip(estimators, sweeps, strict=True)
-    ]
     rows, advice = [], []
     for group in groups:
         of_group = list(_rows(group, found, variances))
@@ -242,6 +253,51 @@ def compare(
         if group.kind != "parameter":
             advice.append(_advise(of_group))
     return Comparison(tuple(rows), tuple(advice), found.num_samples)
+
+
+def _variances(
+    source: Source,
+    first: Batch,
+    estimators: Sequence[Estimator],
+    found: Moments,
+    how: Mapping[str, Any],
+) -> Iterator[_Variances]:
+    """What each estimator adds, and what it costs."""
+    noise = {
+        i: (estimator.noise(found), estimator.noise_bounds(found))
+        for i, estimator in enumerate(estimators)
+        if not isinstance(estimator, Hessian)
+    }
+    free = memory.available(source.device)
+    # nm.Hessian sends nothing back; it has a variance, and a time, of its own.
+    sweeps = {i: load(replace(source, estimator=estimators[i]), first, free).sweeps for i in noise}
+    most = max(sweeps, key=lambda i: sweeps[i], default=None)
+    numel = load(replace(source, estimator=MonteCarlo(1)), first, free).sweep_numel
+    fitting = max(SWEEP_BYTES // (4 * numel + 1), 1)
+    some = first.samples(0, min(first.num_samples, fitting))
+    timed = pace(
+        source,
+        some,
+        MonteCarlo(1) if most is None else estimators[most],
+        1 if most is None else sweeps[most],
+    )
+    for i, estimator in enumerate(estimators):
+        if isinstance(estimator, Hessian):
+            taken = seconds(source, some, estimator)
+            error = second_derivative(
+                source.plan.model,
+                source.likelihood,
+                source.data,
+                samples=estimator.samples,
+                **how,
+            )
+            labels = error.variances["labels"]
+            assert not isinstance(labels, Tensor)
+            sweeps_then, cost = timed.sweeps(taken), taken / timed.training
+            yield _Variances(repr(estimator), sweeps_then, cost, {"labels": labels}, {})
+        else:
+            cost = timed.cost(sweeps[i])
+            yield _Variances(repr(estimator), sweeps[i], cost, *noise[i])
 
 
 @dataclass(frozen=True)
@@ -261,6 +317,7 @@ class _Variances:
 
     estimator: str
     sweeps: int
+    cost: float
     noise: Mapping[str, Params]
     bounds: Mapping[str, Params]
 
@@ -299,6 +356,7 @@ def _rows(group: _Group, found: Moments, estimators: Sequence[_Variances]) -> It
             zeros=len(value) - len(squares),
             estimator=each.estimator,
             sweeps=each.sweeps,
+            cost=each.cost,
             trace=float(value.sum()),
             stderr=of_data if draws is None else _spread(data + draws),
             data=of_data,
@@ -328,7 +386,11 @@ def _quantile(values: Tensor, q: float) -> float:
 def _advise(rows: Sequence[Row]) -> Advice:
     """The cheapest estimator whose draws add next to nothing to the error of the data."""
     group = rows[0].group
-    ranked = sorted((row for row in rows if row.source is not None), key=_cost)
+    # A draw cannot be divided, and one of nm.Hessian may cost more than enough sweeps of another.
+    ranked = sorted(
+        (row for row in rows if row.source is not None),
+        key=lambda row: (max(_sweeps_enough(row), row.sweeps), _cost(row)),
+    )
     exact = min((row for row in rows if row.source is None), key=_cost_of_exact, default=None)
     if rows[0].zeros == rows[0].num_parameters:
         least = min(rows, key=_cost_of_exact)
@@ -347,7 +409,13 @@ def _advise(rows: Sequence[Row]) -> Advice:
     enough = _sweeps_enough(best)
     sweeps = f"{enough:,.0f}" if math.isfinite(enough) else "no number of"
     row, worth = best, best.sweeps
-    if best.draws.median == 0:
+    if best.draws.median == 0 and exact is not None and exact.cost < best.cost:
+        row, worth = exact, exact.sweeps
+        reason = (
+            f"the draws of {best.estimator} add no error, and {exact.estimator}, which draws "
+            f"nothing, costs less"
+        )
+    elif best.draws.median == 0:
         reason = f"the draws of {best.estimator} add no error to that of the data"
     elif math.isinf(best.data.median):
         reason = f"one input leaves the error of the data unknown, so {best.estimator} may do"
@@ -398,6 +466,7 @@ def _cells(row: Row, *, first: bool) -> tuple[str, ...]:
         f"{row.trace:.3g}" if first else "",
         row.estimator,
         f"{row.sweeps:,}",
+        f"{row.cost:.2g}",
         *map(_percent, errors),
         UNNAMED if row.tightness is None else f"{row.tightness:.2f}",
     )

@@ -25,7 +25,7 @@ from neuromanifold.estimators import Empirical, Exact
 from neuromanifold.layers import Factored, Record
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import psd
-from neuromanifold.structures import Progress, Source
+from neuromanifold.structures import Progress, Reducer, Source
 from neuromanifold.structures._base import RECORD_NUMEL, require_finite
 from neuromanifold.variance.moments import column_batches
 
@@ -122,6 +122,7 @@ def empirical(
     params: Iterable[str] | None = None,
     forward: Forward | None = None,
     uncovered: Literal["generic", "error"] = "generic",
+    reducer: Reducer | None = None,
     progress: bool | Progress = False,
 ) -> Bias:
     """How far the empirical Fisher is from the Fisher: look at this before using `nm.Empirical()`.
@@ -143,6 +144,7 @@ def empirical(
         params: names or patterns of the parameters.
         forward: how the model is called.
         uncovered: what to do about parameters without a layer rule.
+        reducer: sums over processes.
         progress: True shows a progress bar.
 
     Returns:
@@ -167,10 +169,11 @@ def empirical(
         params=params,
         forward=forward,
         uncovered=uncovered,
+        reducer=reducer,
         progress=progress,
     )
     with asked as (_, source):
-        means, traces = _measure(source)
+        means, traces, whole = _measure(source)
         n = source.num_samples
     difference = means["difference"]
     variance = {
@@ -181,9 +184,9 @@ def empirical(
         {name: value + difference[name] for name, value in means["information"].items()},
         means["information"],
         Estimate(difference, {"data": variance}, num_samples=n),
-        {layer: _pair(pair.mean(dim=1)) for layer, pair in traces.items()},
-        {layer: _ratio(pair) for layer, pair in traces.items()},
-        _ratio(torch.stack(list(traces.values())).sum(dim=0)),
+        {layer: _pair(moments[:, 0]) for layer, moments in traces.items()},
+        {layer: _ratio(moments, n) for layer, moments in traces.items()},
+        _ratio(whole, n),
         n,
     )
 
@@ -199,20 +202,24 @@ def _of_mean(mean_square: Tensor, n: int) -> Tensor:
     return mean_square.clamp(min=0) / (n - 1)
 
 
-def _ratio(traces: Tensor) -> Estimate:
-    """Of two means, `(2, N)`; the error is that of `Σ (e − r t) / Σ t` to first order."""
-    above, below = traces.mean(dim=1).unbind()
+def _ratio(moments: Tensor, n: int) -> Estimate:
+    """Of two means, from first and second moments `(2, 3)`, `[mean | mean of the outer product]`.
+
+    The error is that of `Σ (e − r t) / Σ t` to first order.
+    """
+    above, below = moments[:, 0].unbind()
     ratio = above / below
-    rest = (traces[0] - ratio * traces[1]) / below
-    n = traces.shape[1]
-    return Estimate(ratio, {"data": _of_mean(rest.square().mean(), n)}, num_samples=n)
+    weights = torch.stack([torch.ones_like(ratio), -ratio]) / below
+    rest = weights @ moments[:, 1:] @ weights
+    return Estimate(ratio, {"data": _of_mean(rest, n)}, num_samples=n)
 
 
-def _measure(source: Source) -> tuple[dict[str, Params], dict[str, Tensor]]:
-    """Means over samples by parameter, and per-sample traces `(2, N)` by layer."""
+def _measure(source: Source) -> tuple[dict[str, Params], dict[str, Tensor], Tensor]:
+    """Means over samples by parameter; moments of the two traces by layer, and of their sums."""
     layout = source.plan.layout
     sums: dict[str, dict[str, Tensor]] = {}
-    traces: dict[str, list[Tensor]] = {}
+    names = [block.name for block in source.plan.blocks]
+    traces = torch.zeros(len(names) + 1, 2, 3, dtype=torch.float64, device=source.device)
     exact = Exact()
     batches = column_batches(replace(source, estimator=exact))
     with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
@@ -221,15 +228,21 @@ def _measure(source: Source) -> tuple[dict[str, Params], dict[str, Tensor]]:
             given = (source.likelihood, outputs, targets)
             # The score at the data's labels first, then the columns of the output Fisher.
             cotangents = [*source.estimator.cotangents(*given), *exact.cotangents(*given)]
+            pairs: dict[str, Tensor] = {}
             for record in tape.records(torch.stack(cotangents)):
+                name, parts = record.block.name, []
                 for part, of_samples in _sums(record):
-                    traces.setdefault(record.block.name, []).append(of_samples)
-                    total = sums.setdefault(record.block.name, part)
+                    parts.append(of_samples)
+                    total = sums.setdefault(name, part)
                     if total is not part:
                         for key, value in part.items():
                             total[key] += value
+                pairs[name] = torch.cat(parts, dim=1)
+            of_layers = torch.stack([pairs[name] for name in names]).double()
+            traces += _moments(torch.cat([of_layers, of_layers.sum(dim=0, keepdim=True)]))
             if source.progress is not None:
                 source.progress(done, None)
+    source.reduce([traces, *(value for name in names for value in sums[name].values())])
     require_finite(sums)
     means = {}
     for key in ("information", "difference", "squared"):
@@ -237,8 +250,13 @@ def _measure(source: Source) -> tuple[dict[str, Params], dict[str, Tensor]]:
         for block in source.plan.blocks:
             block.write(sums[block.name][key][None], row, layout)
         means[key] = layout.unflatten(row[0] / source.num_samples)
-    names = [block.name for block in source.plan.blocks]
-    return means, {name: torch.cat(traces[name], dim=1) for name in names}
+    *by_layer, whole = (traces / source.num_samples).unbind()
+    return means, dict(zip(names, by_layer, strict=True)), whole
+
+
+def _moments(pairs: Tensor) -> Tensor:
+    """Sums over samples of pairs `(..., 2, N)` and of their outer products, `(..., 2, 3)`."""
+    return torch.cat([pairs.sum(dim=-1, keepdim=True), pairs @ pairs.mT], dim=-1)
 
 
 def _sums(record: Record) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

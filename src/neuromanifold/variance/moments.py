@@ -4,21 +4,27 @@ With `γ_c = j_i · s_c` the component of a parameter's gradient along column c 
 a sample's information is `I = Σ_c γ_c²`. Its estimate from one label has the variance `κ₄ + 2 I²`,
 from random signs `2 I² − 2 Σ_c γ_c⁴`; κ₄ is a sum over columns too (papers.md §3.2, §3.6). So four
 sums over samples are enough: of `I`, `I²`, `Σ_c γ_c⁴` and `κ₄`. A bound on κ₄ is a fifth one.
+
+Where κ₄ has no such form, `κ₄ + 2 I² = Var (j·z)²` is the mean of `((j·z)² − I)²` over labels that
+are sampled, and how much these vary says how far the mean may be off. Where the output Fisher has
+no columns either, `I` is the mean of `(j·z)²` over the same labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from neuromanifold.capture import Batch, Tape
 from neuromanifold.errors import UnsupportedError
-from neuromanifold.estimators import Exact, Moments
+from neuromanifold.estimators import Estimator, Exact, Moments, MonteCarlo
 from neuromanifold.layers import Factored, Record
-from neuromanifold.likelihoods import ColumnCumulants
+from neuromanifold.likelihoods import ColumnCumulants, Likelihood
 from neuromanifold.linalg import memory, psd
 from neuromanifold.structures import Source
 from neuromanifold.structures._base import RECORD_NUMEL, SWEEP_BYTES, require_finite
@@ -26,7 +32,13 @@ from neuromanifold.structures.cost import load
 
 __all__ = ["column_batches", "moments"]
 
-KEYS = ("information", "squared", "quartic", "cumulant")
+LABELS = 64
+"""Sampled for each input where the likelihood has no fourth moment in closed form."""
+FACTORS = {"information": 1, "label_variance": 4}
+"""How many squares of a gradient each sum is a product of, where that is not 2."""
+
+Powers = Callable[[Tensor], dict[str, Tensor]]
+"""Components `(V, G, N, ...)` of gradients along cotangents to the terms of sums, `(G, N, ...)`."""
 
 
 def moments(source: Source, *, bounds: bool = False) -> Moments:
@@ -34,14 +46,11 @@ def moments(source: Source, *, bounds: bool = False) -> Moments:
 
     Args:
         source: the measurement; its estimator does not matter.
-        bounds: whether to bound κ₄ too (see `bounds.py`).
-
-    Raises:
-        UnsupportedError: If the likelihood has no closed form.
+        bounds: whether to bound κ₄ too (see `bounds.py`), where it has a closed form.
     """
     layout = source.plan.layout
     sums: dict[str, dict[str, Tensor]] = {}
-    source = replace(source, estimator=Exact())
+    source = replace(source, estimator=_ColumnsAndLabels())
     batches = column_batches(source)
     with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
         for done, batch in enumerate(batches, start=1):
@@ -54,17 +63,17 @@ def moments(source: Source, *, bounds: bool = False) -> Moments:
                 source.progress(done, None)
     source.reduce([value for block in sums.values() for value in block.values()])
     require_finite(sums)
-    rows = {
-        key: torch.empty(1, layout.num_parameters, dtype=source.dtype, device=source.device)
-        for key in KEYS + ("cumulant_bound",) * bounds
-    }
+    rows: dict[str, Tensor] = {}
     for block in source.plan.blocks:
         for key, value in sums[block.name].items():
+            if key not in rows:
+                rows[key] = torch.empty(
+                    1, layout.num_parameters, dtype=source.dtype, device=source.device
+                )
             block.write(value[None], rows[key], layout)
     normaliser = source.num_samples
-    return Moments(
-        normaliser, **{key: layout.unflatten(row[0] / normaliser) for key, row in rows.items()}
-    )
+    means = {key: layout.unflatten(row[0] / normaliser) for key, row in rows.items()}
+    return Moments(normaliser, **means)
 
 
 def column_batches(source: Source) -> Iterator[Batch]:
@@ -81,37 +90,92 @@ def _batch_sums(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     outputs, targets = source.outputs(tape, batch)
     cumulants = source.likelihood.column_cumulants(outputs)
-    if cumulants is None:
-        raise UnsupportedError(
-            f"{source.likelihood!r} has no closed form for the fourth moment of its score, so the "
-            f"variance of sampled labels has none. Estimate it from draws: nm.estimate(...)."
+    cotangents = torch.stack(
+        list(
+            source.estimator.cotangents(
+                source.likelihood, outputs, targets, generator=source.generator
+            )
         )
-    columns = source.estimator.cotangents(source.likelihood, outputs, targets)
-    for record in tape.records(torch.stack(list(columns))):
+    )
+    for record in tape.records(cotangents):
         start = 0
         for part in record.split(RECORD_NUMEL, across_sweeps=False):
             samples = slice(start, start := start + part.num_samples)
-            some = replace(cumulants, quartic=cumulants.quartic[:, samples].to(record.dtype))
-            yield record.block.name, _sums(part, some, bounds)
+            powers: Powers = partial(_sampled_powers, num_columns=len(cotangents) - LABELS)
+            if cumulants is not None:
+                some = replace(cumulants, quartic=cumulants.quartic[:, samples].to(record.dtype))
+                powers = partial(_powers, cumulants=some, bounds=bounds)
+            yield record.block.name, _sums(part, powers)
 
 
-def _sums(record: Record, cumulants: ColumnCumulants, bounds: bool) -> dict[str, Tensor]:
+class _ColumnsAndLabels(Estimator):
+    """Columns of the output Fisher, if any; where κ₄ has no form along them, scores of labels."""
+
+    random = True
+
+    def cotangents(
+        self,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: Tensor | None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        with suppress(UnsupportedError):  # no exact form
+            yield from Exact().cotangents(likelihood, outputs, targets)
+        if likelihood.column_cumulants(outputs) is None:
+            labels = MonteCarlo(LABELS)
+            for u in labels.cotangents(likelihood, outputs, targets, generator=generator):
+                yield LABELS**0.5 * u
+
+    def num_sweeps(self, likelihood: Likelihood, outputs: Tensor) -> int:
+        labels = LABELS if likelihood.column_cumulants(outputs) is None else 0
+        return likelihood.num_columns(outputs) + labels
+
+
+def _sums(record: Record, powers_of: Powers) -> dict[str, Tensor]:
     """Sums over the samples of a record, each `(G, O, I)`."""
     part = record.single
     if isinstance(part, Factored) and part.num_positions == 1:
         # γ_c = g_c a: powers of inputs and of cotangents apart, so that sums are matrix products.
         inputs = part.augmented.squeeze(2).square()  # (G, N, I)
-        powers = _powers(part.g.squeeze(3), cumulants, bounds)
         return {
             key: psd.product(
                 value.mT,
-                inputs if key == "information" else inputs.square(),
+                inputs ** FACTORS.get(key, 2),
                 psd.aligned_empty(value, len(value), value.shape[2], inputs.shape[2]),
             )
-            for key, value in powers.items()
+            for key, value in powers_of(part.g.squeeze(3)).items()
         }
-    powers = _powers(record.per_sample(), cumulants, bounds)
-    return {key: value.sum(dim=1) for key, value in powers.items()}
+    return {key: value.sum(dim=1) for key, value in powers_of(record.per_sample()).items()}
+
+
+def _sampled_powers(components: Tensor, num_columns: int) -> dict[str, Tensor]:
+    """`γ_c` and, beyond the columns, `j·z` of sampled labels to unbiased terms."""
+    squares = components.square()
+    scores = squares[num_columns:]
+    num = len(scores)
+    powers = {}
+    if num_columns:
+        columns = squares[:num_columns]
+        information = columns.sum(dim=0)
+        powers["quartic"] = columns.square().sum(dim=0)
+    else:
+        information = scores.mean(dim=0)
+    deviations = (scores - information).square()
+    variance = deviations.mean(dim=0)
+    spread = deviations.square().mean(dim=0) - variance.square()
+    squared = information.square()
+    if not num_columns:
+        variance *= num / (num - 1)
+        powers["information_variance"] = variance / num
+        squared = squared - powers["information_variance"]
+    return powers | {
+        "information": information,
+        "squared": squared,
+        "cumulant": variance - 2 * squared,
+        "label_variance": spread.clamp(min=0) / (num - 1),
+    }
 
 
 def _powers(components: Tensor, cumulants: ColumnCumulants, bounds: bool) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from neuromanifold._estimate import Estimate
-from neuromanifold._estimation import Wanted, estimate, shares
+from neuromanifold._estimation import Estimated, Wanted, checked_share, estimate, shares
 from neuromanifold._forecast import Forecast, forecast
-from neuromanifold._intervals import quantile
+from neuromanifold._intervals import quantile as half_width
 from neuromanifold.capture import Forward
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.estimators import Estimator, MonteCarlo, RandomSigns
@@ -149,6 +149,7 @@ def plan(
     quantity: Wanted = "diagonal",
     estimator: Estimator | None = None,
     vector: Vector | None = None,
+    quantile: float | None = None,
     params: Iterable[str] | None = None,
     forward: Forward | None = None,
     uncovered: Literal["generic", "error"] = "generic",
@@ -158,9 +159,9 @@ def plan(
     """How many inputs, and labels for each, a relative error asks for; and what that costs.
 
     The data are a pilot: some hundred inputs tell how much inputs and labels vary. For the diagonal
-    the noise of labels is a closed form (`nm.variance.diagonal`) where the likelihood has one;
-    otherwise 8 labels are drawn for each input of the pilot. Of all pairs that are enough, the
-    plan is the cheapest, if one label costs what the forward pass costs.
+    and its entries the noise of labels is a closed form where the likelihood has one, or measured
+    (`nm.variance.diagonal`); otherwise 8 labels are drawn for each input of the pilot. Of all pairs
+    that are enough, the plan is the cheapest, if one label costs what the forward pass costs.
 
     The errors are taken for normal: a single entry that a rare input dominates needs more.
 
@@ -170,9 +171,11 @@ def plan(
         data: inputs of the pilot, at least two.
         rtol: half the width of the interval over the value.
         confidence: how often the interval covers the truth.
-        quantity: what is estimated; of "diagonal", the Euclidean norm of each parameter's error.
+        quantity: what is estimated; of "diagonal", the Euclidean norm of each parameter's error; of
+            "entries", the error of single ones, such that a share of them is within the tolerance.
         estimator: `nm.MonteCarlo(1)` by default; `nm.RandomSigns(1)`, or one that draws nothing.
         vector: v of "quadratic".
+        quantile: of "entries", that share; 0.5 by default.
         params: names or patterns of the parameters.
         forward: how the model is called.
         uncovered: what to do about parameters without a layer rule.
@@ -204,11 +207,12 @@ def plan(
         )
     if not 0 < rtol < math.inf:
         raise ValueError(f"rtol is a positive number such as 0.05; got {rtol}.")
-    relative = rtol / quantile(confidence)
+    relative = rtol / half_width(confidence)
     if quantity not in get_args(Wanted):
         raise ValueError(f"quantity is one of {list(get_args(Wanted))}, got {quantity!r}.")
     if params is not None and not isinstance(params, str):
         params = list(params)  # read more than once
+    share = checked_share(quantity, quantile)
     how: dict[str, Any] = {"params": params, "forward": forward, "uncovered": uncovered}
     pilot = _pilot(
         model,
@@ -217,7 +221,7 @@ def plan(
         quantity,
         estimator,
         {**how, "progress": progress},
-        {"vector": vector, "generator": generator},
+        {"vector": vector, "quantile": share, "generator": generator},
     )
     demands = _demands(pilot, quantity, relative)
     labels = _cheapest(demands.values()) if estimator.random else 1
@@ -246,10 +250,20 @@ def _pilot(
     how: Mapping[str, Any],
     drawing: Mapping[str, Any],
 ) -> Estimate:
-    """An estimate with both variances, in closed form if there is one."""
-    if quantity == "diagonal" and drawing["vector"] is None:
+    """An estimate with both variances, without draws of its own if there is a way."""
+    if quantity in ("diagonal", "entries") and drawing["vector"] is None:
         with suppress(UnsupportedError):  # no closed form; other reasons come up again below
-            return diagonal(model, likelihood, data, estimator=estimator, **how)
+            generator = drawing["generator"]
+            closed = diagonal(
+                model, likelihood, data, estimator=estimator, generator=generator, **how
+            )
+            return Estimated(
+                closed.value,
+                closed.variances,
+                closed.num_samples,
+                closed.draws,
+                quantile=drawing["quantile"],
+            )
     return estimate(
         model,
         likelihood,
