@@ -68,6 +68,20 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
         "num_rows": 3600,
         "dtype": "float32",
         "training": None,
+        "stderr": {
+            "trace": 0.05 * trace,
+            "frobenius": 0.4,
+            "largest_eigenvalue": 0.5,
+            "max_learning_rate": 0.013,
+            "stable_rank": 0.1,
+            "effective_dimension": 0.3,
+            "whole_errors": {
+                "Diagonal": 0.001,
+                "UnitWise": 0.01,
+                "Kronecker": 0.02,
+                "BlockDiagonal": 0.01,
+            },
+        },
         "trace": trace,
         "frobenius": sum(value**2 for value in eigenvalues) ** 0.5,
         "largest_eigenvalue": eigenvalues[0],
@@ -87,6 +101,15 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
                 "unitwise_error": unitwise,
                 "diagonal_error": diagonal,
                 "kronecker_trace_ratio": 1.0,
+                "stderr": {
+                    "trace": 0.1 * share * trace,
+                    "share": 0.011,
+                    "trace_per_parameter": 0.1 * share * trace / size,
+                    "largest_eigenvalue": 0.2 * share,
+                    "kronecker_error": 0.015,
+                    "unitwise_error": 0.006,
+                    "diagonal_error": 0.0004,
+                },
             }
             for layer, (kind, size, share, kronecker, unitwise, diagonal) in layers.items()
         ],
@@ -112,6 +135,17 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
                     "0.95": 4 * share * trace / size,
                 },
                 "zeros": size // 10,
+                "median_relative_error": 0.21,
+                "stderr": {
+                    "mean": 0.02 * share * trace / size,
+                    "quantiles": {
+                        "0.05": 0.0,
+                        "0.25": 0.01 * share * trace / size,
+                        "0.5": 0.05 * share * trace / size,
+                        "0.75": 0.1 * share * trace / size,
+                        "0.95": 0.2 * share * trace / size,
+                    },
+                },
                 "histogram": None,
             }
             for layer, (_, size, share, *_) in layers.items()
@@ -121,13 +155,37 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
             "count": len(eigenvalues),
             "total_dimension": num_parameters,
             "leading": eigenvalues[:20],
+            "stderr": {"leading": [0.06 * value for value in eigenvalues[:20]]},
             "eigenvalues": eigenvalues,
             "zeros": num_parameters - len(eigenvalues),
         },
         "effective_dimension": [
-            {"damping": d, "value": sum(value / (value + d) for value in eigenvalues)}
+            {
+                "damping": d,
+                "value": sum(value / (value + d) for value in eigenvalues),
+                "stderr": 0.3,
+            }
             for d in dampings
         ],
+        "estimators": {
+            "rows": [
+                row
+                for group, kind, of in (
+                    ("all parameters", "model", 1.0),
+                    *((layer, "layer", share) for layer, (_, _, share, *_) in layers.items()),
+                )
+                for row in estimator_rows(group, kind, of * trace)
+            ],
+            "advice": [
+                {
+                    "group": group,
+                    "estimator": "RandomSigns(probes=1)",
+                    "sweeps": 5,
+                    "reason": "5 sweeps of RandomSigns(probes=1) add less than 10%.",
+                }
+                for group in ("all parameters", *layers)
+            ],
+        },
         "coverage": [
             {
                 "parameter": f"{layer}.weight",
@@ -142,6 +200,29 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
         "timing": {"seconds": 4.2},
         "notes": [],
     }
+
+
+def estimator_rows(group: str, kind: str, trace: float) -> list[dict[str, Any]]:
+    """One for each estimator, as `collect` takes them from `nm.variance.compare`."""
+    return [
+        {
+            "group": group,
+            "kind": kind,
+            "estimator": estimator,
+            "sweeps": sweeps,
+            "cost": 0.8 + 0.5 * sweeps,
+            "trace": trace,
+            "relative_error": error,
+            "relative_error_of_draws": draws,
+            "bound_of_draws": bound,
+            "tightness": tightness,
+        }
+        for estimator, sweeps, error, draws, bound, tightness in (
+            ("MonteCarlo(samples=1)", 1, 0.562, 0.51, 0.9, 3.1),
+            ("RandomSigns(probes=1)", 1, 0.36, 0.26, None, None),
+            ("Exact()", 10, 0.247, 0.0, None, None),
+        )
+    ]
 
 
 CONV_ANALYSIS = {

@@ -31,6 +31,7 @@ def test_a_page_answers_every_question(conv_net):
         "How many directions are left once damping is added?",
         "Which approximation fits each layer?",
         "What is lost over the whole network?",
+        "How sure is each estimator, and which one should I use?",
         "Was the network trained to the end?",
     ]
     assert page.count('class="says"') == page.count('class="advice"') == len(headings(page))
@@ -62,10 +63,10 @@ def test_models_stand_side_by_side(conv_net, nasty_mlp):
 def test_headline_numbers(conv_net):
     text = words(render([conv_net], title="Digits"))
     # Σ k^-1.5 over 480 eigenvalues, times 8.8; and 2 / 8.8
-    assert "Trace 22.2 nats per parameter²" in text
-    assert "Largest eigenvalue 8.80 nats per parameter²" in text
+    assert "Trace 22.2 ± 1.1 nats per parameter²" in text
+    assert "Largest eigenvalue 8.80 ± 0.50 nats per parameter²" in text
     assert "this one direction holds 39.7% of the trace" in text
-    assert "Largest stable learning rate 0.227 parameter² per nat" in text
+    assert "Largest stable learning rate 0.227 ± 0.013 parameter² per nat" in text
     assert "Trainable parameters 3,818" in text
     assert "Samples 400" in text
 
@@ -203,7 +204,8 @@ def test_advice_on_training(conv_net, loss, test_accuracy, advice):
         pytest.param({"spectrum": None}, {2, 3}, id="spectrum"),
         pytest.param({"effective_dimension": []}, {3}, id="effective dimension"),
         pytest.param({"whole_errors": {"Kronecker": None}}, {5}, id="whole errors"),
-        pytest.param({"training": None}, {6}, id="training"),
+        pytest.param({"estimators": None}, {6}, id="estimators"),
+        pytest.param({"training": None}, {7}, id="training"),
     ],
 )
 def test_what_was_not_measured_is_left_out(conv_net, missing, lost):
@@ -286,3 +288,74 @@ def test_without_the_extra(conv_net, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnsupportedError, match=rf"{module}.*pip install 'neuromanifold\[report\]'"):
         render([conv_net], title="Digits")
+
+
+# ---- error bars ------------------------------------------------------------------------------
+
+
+def test_tables_give_the_error_beside_each_number(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    assert "87.2% ± 1.1%" in text  # share
+    assert "0.298 ± 0.015 0.482 ± 0.0060 0.992 ± 4.0×10⁻⁴ Kronecker" in text
+    assert "1 8.80 ± 0.53" in text  # eigenvalue
+    assert "BlockDiagonal 0.437 ± 0.010" in text
+    assert "21.0%" in text  # of single entries
+
+
+def test_charts_draw_intervals(conv_net):
+    page = render([conv_net], title="Digits")
+    assert words(page).count("95% interval") == 6
+    assert page.count('"style": "whisker"') == 5  # and the band of the effective dimension
+    # 1.96 standard errors to each side
+    assert '"error": 0.298' in page
+    assert '"high": 0.3274' in page
+    assert '"low": 0.2686' in page
+
+
+def without_errors(value):
+    """What one sample leaves of an analysis."""
+    if isinstance(value, dict):
+        return {
+            key: without_errors(part) if key != "stderr" else silent(part)
+            for key, part in value.items()
+        }
+    return [without_errors(part) for part in value] if isinstance(value, list) else value
+
+
+def silent(value):
+    if isinstance(value, dict):
+        return {key: silent(part) for key, part in value.items()}
+    return [None for _ in value] if isinstance(value, list) else None
+
+
+def test_what_is_not_known_is_a_dash(conv_net):
+    page = render([without_errors(conv_net)], title="Digits")
+    assert "95% interval" not in words(page)
+    assert "0.298 ± –" in words(page)
+    assert "87.2% ± –" in words(page)
+    assert '"low"' not in page
+
+
+def test_estimators_are_compared_and_one_is_recommended(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    assert "Exact() leaves the median entry 24.7% off, with 10 sweeps" in text
+    assert "MonteCarlo(samples=1) leaves it 56.2% off, 2.3 times as much, with 1 sweep" in text
+    assert "Use RandomSigns(probes=1): 5 sweeps of RandomSigns(probes=1) add less than" in text
+
+
+def test_another_estimator_for_a_layer_is_named(conv_net):
+    conv_net["estimators"]["advice"][3]["estimator"] = "Exact()"
+    assert "For head, Exact() would do." in words(render([conv_net], title="Digits"))
+
+
+def test_estimators_without_any_information(conv_net):
+    for row in conv_net["estimators"]["rows"]:
+        row["relative_error"] = None
+    assert "How sure is each" not in words(render([conv_net], title="Digits"))
+
+
+def test_an_analysis_without_errors_is_shown(conv_net):
+    for part in (conv_net, conv_net["spectrum"], *conv_net["layers"], *conv_net["diagonal"]):
+        del part["stderr"]
+    del conv_net["estimators"]
+    assert "0.298 ± –" in words(render([conv_net], title="Digits"))

@@ -136,14 +136,26 @@ class Quantity(StrEnum):
     TRACE = "trace"
     LAYERS = "layers"
     DIAGONAL = "diagonal"
+    ENTRIES = "entries"
+    EIGENVALUE = "eigenvalue"
 
 
 @app.command()
 def estimate(
     target: Target,
     quantity: Annotated[
-        Quantity, typer.Option(help="The trace, that of each layer, or the diagonal by parameter.")
+        Quantity,
+        typer.Option(
+            help="The trace, that of each layer, the diagonal by parameter or by single entries, "
+            "or the largest eigenvalue."
+        ),
     ] = Quantity.TRACE,
+    quantile: Annotated[
+        float | None,
+        typer.Option(
+            help="Of entries: the share of each parameter's that is within the tolerance."
+        ),
+    ] = None,
     rtol: Annotated[
         float, typer.Option(help="Half the width of the interval over the value, at most.")
     ] = 0.05,
@@ -182,6 +194,7 @@ def estimate(
                     quantity.value,
                     rtol=rtol,
                     confidence=confidence,
+                    quantile=quantile,
                     generator=torch.Generator().manual_seed(seed),
                     progress=sys.stderr.isatty(),
                     path=keep,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import islice, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,24 @@ def number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}"
 
 
+def measured(value: float | None, stderr: float | None, *, between: str = " ") -> str:
+    """A number with its standard error, which has two digits.
+
+    Example:
+        >>> measured(22.18, 0.5971), measured(22.18, None), measured(None, None)
+        ('22.2 ± 0.6', '22.2 ± –', '–')
+    """
+    if value is None:
+        return MISSING
+    return f"{number(value)}{between}± {MISSING if stderr is None else f'{stderr:.2g}'}"
+
+
+def shown_share(layer: Analysis, between: str) -> str:
+    """The share of a layer in the trace, with its standard error."""
+    stderr = layer["stderr"]["share"]
+    return f"{layer['share']:.1%}{between}± {MISSING if stderr is None else f'{stderr:.1%}'}"
+
+
 def tables(analyses: Sequence[Analysis], width: int) -> list[Table]:
     """One table that compares the models, then one per model with a row per layer."""
     return [_overview(analyses), *(_layers(analysis, width) for analysis in analyses)]
@@ -148,31 +167,32 @@ def _facts(analysis: Analysis) -> dict[str, str]:
     if training := analysis["training"]:
         facts["test accuracy"] = f"{training['test_accuracy']:.1%}"
     errors = analysis["stderr"]
-
-    def with_error(name: str) -> str:
-        error = errors.get(name)
-        value = analysis[name]
-        return number(value) if None in (error, value) else plus_minus(value, error)
-
     facts |= {
-        "trace (nats/param²)": with_error("trace"),
-        "largest eigenvalue (nats/param²)": with_error("largest_eigenvalue"),
-        "largest stable learning rate": with_error("max_learning_rate"),
+        label: measured(analysis[name], errors.get(name))
+        for label, name in (
+            ("trace (nats/param²)", "trace"),
+            ("Frobenius norm (nats/param²)", "frobenius"),
+            ("largest eigenvalue (nats/param²)", "largest_eigenvalue"),
+            ("trace / largest eigenvalue", "stable_rank"),
+            ("largest stable learning rate", "max_learning_rate"),
+        )
     }
     spectrum = analysis["spectrum"]
     if spectrum and spectrum["eigenvalues"]:
-        largest, *others = spectrum["eigenvalues"]
-        damping = largest / 100
+        damping = spectrum["eigenvalues"][0] / 100
+        leading = zip(spectrum["leading"], spectrum["stderr"]["leading"], strict=True)
         dimension = sum(value / (value + damping) for value in spectrum["eigenvalues"])
         facts |= {
-            "the next three eigenvalues": ", ".join(map(number, others[:3])),
+            "the next three eigenvalues": "\n".join(starmap(measured, islice(leading, 1, 4))),
             "non-zero eigenvalues": f"{spectrum['count']:,}",
-            "effective dimension at λmax/100": number(dimension)
-            if errors.get("effective_dimension") is None
-            else plus_minus(dimension, errors["effective_dimension"]),
+            "effective dimension at λmax/100": measured(
+                dimension, errors.get("effective_dimension")
+            ),
         }
     for structure, error in (analysis["whole_errors"] or {}).items():
-        facts[f"relative error of {structure}"] = number(error)
+        facts[f"relative error of {structure}"] = measured(error, errors["whole_errors"][structure])
+    for advice in (analysis["estimators"] or {"advice": ()})["advice"][:1]:
+        facts["recommended estimator"] = advice["estimator"]
     return facts
 
 
@@ -189,17 +209,23 @@ def _layers(analysis: Analysis, width: int) -> Table:
     table.add_column("layer")
     for name in ("params", "trace", "share", "Kronecker\nerror", "unit-wise\nerror"):
         table.add_column(name, justify="right")
+    between = " " if width >= WIDTH_OF_ONE_LINE else "\n"
     for layer in shown:
         table.add_row(
             Text(_folded(layer["name"] or "(root)", width - WIDTH_OF_NUMBERS)),
             f"{layer['num_parameters']:,}",
-            number(layer["trace"]),
-            f"{layer['share']:.1%}",
-            number(layer["kronecker_error"]),
-            number(layer["unitwise_error"]),
+            measured(layer["trace"], layer["stderr"]["trace"], between=between),
+            shown_share(layer, between),
+            *(
+                measured(layer[name], layer["stderr"][name], between=between)
+                for name in ("kronecker_error", "unitwise_error")
+            ),
         )
     return table
 
+
+WIDTH_OF_ONE_LINE = 120
+"""Characters of a terminal in which numbers and their errors stand side by side."""
 
 WIDTH_OF_NUMBERS = 58
 """Characters that the columns beside the name of a layer take."""

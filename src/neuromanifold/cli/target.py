@@ -15,7 +15,7 @@ from torch import nn
 from neuromanifold.capture import Batch, Data
 from neuromanifold.likelihoods import Likelihood
 
-__all__ = ["first_samples", "load_target"]
+__all__ = ["first_samples", "load_target", "training_target"]
 
 EXAMPLE = "neuromanifold analyze train.py:load"
 MODULE_NAME = "neuromanifold_target"
@@ -28,18 +28,47 @@ def load_target(target: str) -> tuple[nn.Module, Likelihood, Any]:
     Raises:
         ValueError: If anything on the way is not as it should be; the message says what to do.
     """
+    return _checked(_called(target_function(target), target), target)
+
+
+def training_target(target: str) -> Callable[[], tuple[nn.Module, Likelihood, Any, Any]]:
+    """Run the file once; what comes back calls its function, which may also return test data.
+
+    Raises:
+        ValueError: If anything on the way is not as it should be, now or in the call.
+    """
+    function = target_function(target)
+
+    def load() -> tuple[nn.Module, Likelihood, Any, Any]:
+        result = _called(function, target)
+        test = None
+        if isinstance(result, tuple) and len(result) == 4:
+            result, test = result[:3], result[3]
+        return *_checked(result, target, "[, test]"), test
+
+    return load
+
+
+def target_function(target: str) -> Callable[[], Any]:
+    """Run the file of `file.py:function`, and find the function in it.
+
+    Raises:
+        ValueError: If there is none that can be called.
+    """
     file, colon, name = target.rpartition(":")
     if not (colon and file and name):
         raise ValueError(f"The target is FILE.PY:FUNCTION, for example {EXAMPLE}; got {target!r}.")
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"There is no file {file!r}. The target is FILE.PY:FUNCTION ({EXAMPLE}).")
-    function = _function(_run_file(path), name, file)
+    return _function(_run_file(path), name, file)
+
+
+def _called(function: Callable[[], Any], target: str) -> Any:
     try:
-        result = function()
+        return function()
     except (Exception, SystemExit) as error:
         raise ValueError(f"{target} raised {type(error).__name__}: {error}") from error
-    return _checked(result, target)
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -85,8 +114,10 @@ def _function(module: ModuleType, name: str, file: str) -> Callable[[], Any]:
     return function
 
 
-def _checked(result: object, target: str) -> tuple[nn.Module, Likelihood, Any]:
-    wanted = f"{target} must return (model, likelihood, data)"
+def _checked(
+    result: object, target: str, more: str = ""
+) -> tuple[nn.Module, Likelihood, Any]:
+    wanted = f"{target} must return (model, likelihood, data{more})"
     if not isinstance(result, tuple) or len(result) != 3:
         size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
         raise ValueError(f"{wanted}; it returned a {type(result).__name__}{size}.")

@@ -2,7 +2,8 @@
 
 They hold data and axes but no colours or fonts: the page adds those when it draws, from its style
 sheet, once for a light screen and once for a dark one. A mark that is not in the first accent
-colour says so by a style that the page knows: `reference` or `ring`.
+colour says so by a style that the page knows: `reference`, `ring`, or `whisker` for lines from the
+`low` to the `high` end of an interval, which rows have where it is known.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "diagonal_quantiles",
     "dimension_curve",
     "error_bars",
+    "estimator_points",
     "grouped_error_bars",
     "loss_curve",
     "share_bars",
@@ -41,7 +43,8 @@ def share_bars(rows: Rows, description: str) -> Spec:
     """Bars for a layer's share of the trace, ticks for its share of the parameters.
 
     Args:
-        rows: `layer`, `trace_share`, `parameter_share` (both in [0, 1]) and `trace`.
+        rows: `layer`, `trace_share`, `parameter_share` (both in [0, 1]), `trace`, and `low` and
+            `high` ends of the first share.
         description: read out by screen readers.
     """
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -56,7 +59,8 @@ def share_bars(rows: Rows, description: str) -> Spec:
     axis = alt.Axis(title="share of the network (%)", format="%", tickCount=5)
     bars = base.mark_bar().encode(x=alt.X("trace_share:Q", axis=axis))
     ticks = base.mark_tick(style="reference", thickness=5).encode(x="parameter_share:Q")
-    return _finish(bars + ticks, description, _room_for(len(rows)))
+    layers = [bars, *_whiskers(rows, x="low:Q", y=_names("layer", rows)), ticks]
+    return _finish(alt.layer(*layers), description, _room_for(len(rows)))
 
 
 def diagonal_quantiles(rows: Rows, description: str) -> Spec:
@@ -64,7 +68,8 @@ def diagonal_quantiles(rows: Rows, description: str) -> Spec:
 
     Args:
         rows: `parameter` and `q05`, `q25`, `q50`, `q75`, `q95` in nats per parameter², at least
-            one of them positive; what is zero is drawn at the left edge.
+            one of them positive; what is zero is drawn at the left edge. `low` and `high` are the
+            ends of the median.
         description: read out by screen readers.
     """
     quantiles = ("q05", "q25", "q50", "q75", "q95")
@@ -87,36 +92,44 @@ def diagonal_quantiles(rows: Rows, description: str) -> Spec:
     height = _room_for(len(rows))
     bars = base.mark_bar(size=min(10, 0.6 * height / len(rows))).encode(x="xq25:Q", x2="xq75")
     ticks = base.mark_tick(style="reference", thickness=5).encode(x="xq50:Q")
-    return _finish(lines + bars + ticks, description, height)
+    kept = [row for row in shown if row.get("low", 0) >= 10.0**low]
+    whiskers = _whiskers(kept, x="low:Q", y=_names("parameter", rows))
+    return _finish(alt.layer(lines, bars, *whiskers, ticks), description, height)
 
 
 def spectrum(rows: Rows, description: str) -> Spec:
     """Eigenvalues against their rank, both on logarithmic axes.
 
     Args:
-        rows: `rank` from 1 and `eigenvalue` in nats per parameter², positive.
+        rows: `rank` from 1 and `eigenvalue` in nats per parameter², positive, with `low` and
+            `high`.
         description: read out by screen readers.
     """
     values = [row["eigenvalue"] for row in rows]
-    low, high = _decades(min(values), max(values))
+    highest = max(row.get("high", row["eigenvalue"]) for row in rows)
+    low, high = _decades(min(values), highest)
     _, last = _decades(1, max(row["rank"] for row in rows))
-    chart = (
+    x = _log_x("rank:Q", "rank of the eigenvalue (1 is the largest)", 0, last)
+    title = "eigenvalue (nats per parameter²)"
+    points = (
         alt.Chart(alt.Data(values=rows))
         .mark_circle(size=22, opacity=0.9)
         .encode(
-            x=_log_x("rank:Q", "rank of the eigenvalue (1 is the largest)", 0, last),
-            y=_log_y("eigenvalue:Q", "eigenvalue (nats per parameter²)", low, high),
+            x=x,
+            y=_log_y("eigenvalue:Q", title, low, high),
             tooltip=["rank:Q", alt.Tooltip("eigenvalue:Q", format=".3~g")],
         )
     )
-    return _finish(chart, description, _HEIGHT)
+    kept = [row for row in rows if row.get("low", 0) >= 10.0**low]
+    whiskers = _whiskers(kept, x=x, y=_log_y("low:Q", title, low, high), upright=True)
+    return _finish(alt.layer(*whiskers, points), description, _HEIGHT)
 
 
 def dimension_curve(rows: Rows, description: str, *, reference: Mapping[str, float]) -> Spec:
     """Effective dimension against damping, with one point picked out.
 
     Args:
-        rows: `damping` in nats per parameter², positive, and `value`.
+        rows: `damping` in nats per parameter², positive, and `value`, with `low` and `high`.
         description: read out by screen readers.
         reference: `damping` and `value` of the point.
     """
@@ -124,22 +137,25 @@ def dimension_curve(rows: Rows, description: str, *, reference: Mapping[str, flo
     x = _log_x(
         "damping:Q", "damping (nats per parameter²)", *_decades(min(dampings), max(dampings))
     )
-    y = alt.Y("value:Q", axis=alt.Axis(title="effective dimension (directions)", tickCount=6))
+    axis = alt.Axis(title="effective dimension (directions)", tickCount=6)
+    y = alt.Y("value:Q", axis=axis)
     tooltip = [alt.Tooltip(f"{name}:Q", format=".3~g") for name in ("damping", "value")]
     curve = alt.Chart(alt.Data(values=rows)).mark_line(point={"size": 24})
     point = alt.Chart(alt.Data(values=[reference])).mark_point(style="ring", size=130)
-    return _finish(
-        curve.encode(x=x, y=y, tooltip=tooltip) + point.encode(x="damping:Q", y="value:Q"),
-        description,
-        _HEIGHT,
-    )
+    known = [row for row in rows if "low" in row]
+    band = alt.Chart(alt.Data(values=known)).mark_area(opacity=0.25)
+    layers = [band.encode(x=x, y=alt.Y("low:Q", axis=axis), y2="high:Q")] if known else []
+    layers.append(curve.encode(x=x, y=y, tooltip=[*tooltip, *_ends()] if known else tooltip))
+    layers.append(point.encode(x="damping:Q", y="value:Q"))
+    return _finish(alt.layer(*layers), description, _HEIGHT)
 
 
 def grouped_error_bars(rows: Rows, description: str) -> Spec:
     """Relative errors: per layer, one bar for each structure.
 
     Args:
-        rows: `layer`, `structure`, `error`; structures in the order in which they are drawn.
+        rows: `layer`, `structure`, `error`, with `low` and `high`; structures in the order in which
+            they are drawn.
         description: read out by screen readers.
     """
     structures = list(dict.fromkeys(row["structure"] for row in rows))
@@ -156,12 +172,64 @@ def grouped_error_bars(rows: Rows, description: str) -> Spec:
             tooltip=["layer:N", "structure:N", alt.Tooltip("error:Q", format=".3~g")],
         )
     )
+    offset = alt.YOffset("structure:N", sort=structures)
+    whiskers = [
+        each.encode(yOffset=offset) for each in _whiskers(rows, x="low:Q", y=_names("layer", rows))
+    ]
     layers = len({row["layer"] for row in rows})
-    return _finish(chart, description, _room_for(layers, each=16 * len(structures) + 12))
+    height = _room_for(layers, each=16 * len(structures) + 12)
+    return _finish(alt.layer(chart, *whiskers), description, height)
+
+
+def estimator_points(rows: Rows, description: str) -> Spec:
+    """How far single entries are off by each estimator, layer by layer.
+
+    Args:
+        rows: `layer`, `estimator` with its cost, `error` (relative, positive), and `bound` or none.
+        description: read out by screen readers.
+    """
+    estimators = list(dict.fromkeys(row["estimator"] for row in rows))
+    bounded = [row for row in rows if row.get("bound")]
+    values = [row["error"] for row in rows] + [row["bound"] for row in bounded]
+    x = _log_percent("error:Q", "relative standard error of the median entry", values)
+    layers = len({row["layer"] for row in rows})
+    height = _room_for(layers, each=14 * len(estimators) + 16)
+    offset = alt.YOffset("estimator:N", sort=estimators)
+    legend = alt.Legend(orient="top", title=None, columns=1, labelLimit=320)
+    points = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_point(filled=True, size=min(90, 40 * height / len(rows)), opacity=1)
+        .encode(
+            x=x,
+            y=_names("layer", rows),
+            yOffset=offset,
+            color=alt.Color("estimator:N", sort=estimators, legend=legend),
+            tooltip=[
+                "layer:N",
+                "estimator:N",
+                alt.Tooltip("error:Q", format=".2%"),
+            ],
+        )
+    )
+    ticks = alt.Chart(alt.Data(values=bounded)).mark_tick(style="reference", thickness=4)
+    ticks = ticks.encode(
+        x=_log_percent("bound:Q", "relative standard error of the median entry", values),
+        y=_names("layer", rows),
+        yOffset=offset,
+        tooltip=[
+            "layer:N",
+            "estimator:N",
+            alt.Tooltip("bound:Q", format=".2%", title="draws add at most"),
+        ],
+    )
+    return _finish(alt.layer(ticks, points) if bounded else points, description, height)
 
 
 def error_bars(rows: Rows, description: str) -> Spec:
-    """Relative errors of the whole matrix: one bar for each `structure`, as long as its `error`."""
+    """Relative errors of the whole matrix: one bar for each `structure`, as long as its `error`.
+
+    `low` and `high` are its ends.
+    """
     chart = (
         alt.Chart(alt.Data(values=rows))
         .mark_bar()
@@ -171,7 +239,8 @@ def error_bars(rows: Rows, description: str) -> Spec:
             tooltip=["structure:N", alt.Tooltip("error:Q", format=".3~g")],
         )
     )
-    return _finish(chart, description, _room_for(len(rows)))
+    whiskers = _whiskers(rows, x="low:Q", y=_names("structure", rows))
+    return _finish(alt.layer(chart, *whiskers), description, _room_for(len(rows)))
 
 
 def loss_curve(rows: Rows, description: str) -> Spec:
@@ -188,7 +257,29 @@ def loss_curve(rows: Rows, description: str) -> Spec:
     return _finish(chart, description, 200)
 
 
-def _finish(chart: alt.Chart | alt.LayerChart, description: str, height: int) -> Spec:
+def _whiskers(
+    rows: Rows, *, x: str | alt.X, y: str | alt.Y, upright: bool = False
+) -> list[alt.Chart]:
+    """Lines from `low` to `high`, of the rows that have them; a layer, or none."""
+    known = [row for row in rows if "low" in row]
+    if not known:
+        return []
+    lines = alt.Chart(alt.Data(values=known)).mark_rule(style="whisker")
+    end = {"y2": "high:Q"} if upright else {"x2": "high:Q"}
+    return [lines.encode(x=x, y=y, tooltip=_ends(), **end)]
+
+
+def _ends() -> list[alt.Tooltip]:
+    """Of an interval, in the box at the pointer."""
+    return [
+        alt.Tooltip(f"{end}:Q", format=".3~g", title=f"95% interval {words}")
+        for end, words in (("low", "from"), ("high", "to"))
+    ]
+
+
+def _finish(
+    chart: alt.Chart | alt.LayerChart | alt.FacetChart, description: str, height: int
+) -> Spec:
     spec = chart.properties(width="container", height=height, description=description).to_dict()
     del spec["config"]  # Altair's default look; the page has its own
     return spec
@@ -241,6 +332,17 @@ def _log_y(field: str, title: str, low: int, high: int) -> alt.Y:
 
 def _log_scale(low: int, high: int) -> alt.Scale:
     return alt.Scale(type="log", domain=[10.0**low, 10.0**high], nice=False)
+
+
+def _log_percent(field: str, title: str, values: Sequence[float]) -> alt.X:
+    """A logarithmic axis with no more room than the values need, ticks at 1, 2, 5, 10, ... %."""
+    low, high = 0.8 * min(values), 1.25 * max(values)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    steps = (1, 2, 5) if len(exponents) <= 2 else (1,)
+    ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis = alt.Axis(title=title, values=shown, format="~%")
+    return alt.X(field, scale=alt.Scale(type="log", domain=[low, high], nice=False), axis=axis)
 
 
 def _log_axis(title: str, low: int, high: int) -> alt.Axis:

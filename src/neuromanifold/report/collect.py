@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuromanifold import variance
 from neuromanifold._estimate import Estimate
 from neuromanifold._fisher import fisher
 from neuromanifold._progress import Progress, reporting
@@ -20,8 +19,20 @@ from neuromanifold.estimators import Estimator, Exact, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import memory
 from neuromanifold.operators import FisherOperator
+from neuromanifold.report.entries import summary
+from neuromanifold.report.estimator_errors import estimator_errors
+from neuromanifold.report.known import stderr
+from neuromanifold.report.structure_errors import Candidate, Error, is_part_of_it
 from neuromanifold.structures import BlockDiagonal, Diagonal, Gram, Kronecker, Structure, UnitWise
+from neuromanifold.structures._base import AdditiveStructure
 from neuromanifold.structures.gram import GramOperator
+from neuromanifold.variance import spectrum
+from neuromanifold.variance.approximation_errors import (
+    GROUPS,
+    LeftOut,
+    gradients,
+    leave_groups_out,
+)
 
 __all__ = ["collect"]
 
@@ -37,11 +48,18 @@ SAMPLED_ENTRIES = 10**8
 LARGEST_COMPARED = 2 * 2**30
 """Bytes of the structures that are compared; to fill all memory is not worth an error bar."""
 
-STAGES = 5
+LARGEST_GRADIENTS = 2**26
+"""Entries of the gradients of one block that are kept at once, to tell errors from them."""
+
+LARGEST_DENSE = 4096
+"""Parameters of a block up to which its own matrix is compared, as entries and not as products."""
+
+MOST_PRODUCTS = 2**36
+"""Multiplications that may be spent on the error bar of a structure: some seconds."""
+
+STAGES = 6
 NUM_LEADING = 20
 NUM_DAMPINGS = 25
-NUM_BINS = 40
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def collect(
@@ -68,7 +86,10 @@ def collect(
 
     Returns:
         A JSON-able dict: model, trace, spectrum, layers, diagonal, errors of approximations,
-        coverage. Numbers that could not be measured are None, and the notes say why.
+        estimators side by side, coverage. Numbers that could not be measured are None, and the
+        notes say why. Beside numbers stands `stderr`, with their standard errors under the same
+        names: to first order, because the samples are some of all and labels are drawn; None where
+        that is not known, as for a single sample.
 
     Raises:
         ValueError: As `nm.fisher`.
@@ -93,33 +114,42 @@ def collect(
             if report is not None:
                 report(done, STAGES)
 
-        estimator = _choose_estimator(model, likelihood, data, notes)
+        estimator, num_columns = _choose_estimator(model, likelihood, data, notes)
         stage()
         measure = _Measure(model, likelihood, data, estimator, seed, notes)
         exact = measure(Gram())
         assert isinstance(exact, GramOperator)
+        leading = spectrum.eigenvalues(exact, min(NUM_LEADING, exact.num_rows))
         values = _above_rounding(exact.eigenvalues())
         stage()
+        structures = (Diagonal(), UnitWise(), Kronecker(), BlockDiagonal())
+        matrices = {structure: measure.if_it_fits(structure) for structure in structures}
         candidates = {
-            structure: measure.if_it_fits(structure)
-            for structure in (Diagonal(), UnitWise(), Kronecker(), BlockDiagonal())
+            type(structure).__name__: Candidate(
+                S,
+                whole_blocks=isinstance(structure, BlockDiagonal),
+                left_out=measure.left_out(structure, S, exact),
+            )
+            for structure, S in matrices.items()
+            if S is not None
         }
-        matrices = {type(structure).__name__: F for structure, F in candidates.items()}
+        kinds = [type(structure).__name__ for structure in structures]
         stage()
-        overlaps = {kind: _overlaps(exact, F) for kind, F in matrices.items() if F is not None}
+        layers, diagonal = _blocks(model, exact, kinds, candidates)
         stage()
-        layers = _layers(model, exact, matrices, overlaps)
-        whole = {
-            kind: None
-            if F is None
-            else _error(exact, F, torch.stack([*overlaps[kind].values()]).sum())
-            for kind, F in matrices.items()
-        }
+        whole = {kind: candidate.whole(exact) for kind, candidate in candidates.items()}
+        stage()
+        estimators = estimator_errors(
+            model,
+            likelihood,
+            data,
+            num_rows=exact.num_samples * num_columns,
+            num_parameters=exact.num_parameters,
+            notes=notes,
+        )
         stage()
 
-    diagonal = exact.diagonal()
     trace, largest = float(exact.trace()), float(values[0])
-    errors = _errors(exact, largest)
     return {
         "kind": "neuromanifold.analysis",
         "version": 1,
@@ -140,12 +170,16 @@ def collect(
         "largest_eigenvalue": largest,
         "max_learning_rate": 2 / largest if largest > 0 else None,
         "stable_rank": trace / largest if largest > 0 else None,
-        "stderr": errors,
+        "whole_errors": {kind: whole[kind].value if kind in whole else None for kind in kinds},
+        "stderr": {
+            **_headline_errors(exact, largest, stderr(leading)[0]),
+            "whole_errors": {kind: whole[kind].stderr if kind in whole else None for kind in kinds},
+        },
         "layers": layers,
-        "whole_errors": whole,
-        "diagonal": [_summary(exact, parameter, value) for parameter, value in diagonal.items()],
-        "spectrum": _spectrum(exact, values),
-        "effective_dimension": _effective_dimensions(values),
+        "diagonal": diagonal,
+        "spectrum": _spectrum(exact, values, stderr(leading)),
+        "effective_dimension": _effective_dimensions(exact, values),
+        "estimators": estimators,
         "coverage": exact.coverage.to_list(),
         "timing": {"seconds": time.perf_counter() - started},
         "notes": notes,
@@ -170,13 +204,15 @@ class _Measure:
             self.data,
             structure,
             estimator=self.estimator,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=self._generator(),
         )
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
 
     def if_it_fits(self, structure: Structure) -> FisherOperator | None:
         """None, and a note, where the structure is too large for this model."""
-        measured = plan(self.model, None, "generic")
-        size = structure.constant_numel(measured) * measured.dtype.itemsize
+        size = self._size(structure)
         try:
             if size <= LARGEST_COMPARED:
                 return self(structure)
@@ -189,35 +225,75 @@ class _Measure:
         self.notes.append(f"{type(structure).__name__} was left out: {reason}")
         return None
 
+    def left_out(
+        self, structure: AdditiveStructure, S: FisherOperator, exact: GramOperator
+    ) -> LeftOut | None:
+        """The structure without groups of samples, where its error bar needs that; or a note."""
+        if is_part_of_it(S):
+            return None
+        products = sum(
+            2 * GROUPS * exact.num_rows * size**1.5
+            for size in _sizes(exact).values()
+            if size > LARGEST_DENSE
+        )
+        too_many = any(size * exact.num_rows > LARGEST_GRADIENTS for size in _sizes(exact).values())
+        too_large = (GROUPS + 1) * self._size(structure) > LARGEST_COMPARED
+        if too_many or too_large or products > MOST_PRODUCTS:
+            self.notes.append(
+                f"The errors of {type(structure).__name__} have no error bars: those take "
+                f"{GROUPS} more of it, and structures are compared up to "
+                f"{memory.readable(LARGEST_COMPARED)} and some seconds."
+            )
+            return None
+        return leave_groups_out(
+            self.model,
+            self.likelihood,
+            self.data,
+            structure,
+            estimator=self.estimator,
+            generator=self._generator(),
+        )
 
-def _errors(exact: GramOperator, largest: float) -> dict[str, float | None]:
-    """Standard errors of the headline numbers: the samples are some of all, and labels are drawn.
+    def _size(self, structure: Structure) -> int:
+        """Bytes that it keeps of any data."""
+        measured = plan(self.model, None, "generic")
+        return structure.constant_numel(measured) * measured.dtype.itemsize
 
-    None where one sample says nothing of others.
-    """
-    found = {
-        "trace": _finite(variance.trace(exact)),
-        "largest_eigenvalue": _finite(variance.eigenvalues(exact)),
-    }
-    if largest > 0:
-        top = found["largest_eigenvalue"]
-        found["max_learning_rate"] = None if top is None else 2 / largest**2 * top
-        dimension = variance.effective_dimension(exact, damping=largest / 100)
-        found["effective_dimension"] = _finite(dimension)
+
+def _sizes(exact: FisherOperator) -> dict[str, int]:
+    """Parameters of each block."""
+    found: dict[str, int] = {}
+    for entry in exact.coverage:
+        size = math.prod(exact.layout.shapes[entry.parameter])
+        found[entry.block] = found.get(entry.block, 0) + size
     return found
 
 
-def _finite(estimate: Estimate) -> float | None:
-    stderr = estimate.stderr
-    assert isinstance(stderr, Tensor)
-    error = float(stderr)
-    return error if math.isfinite(error) else None
+def _headline_errors(
+    exact: GramOperator, largest: float, of_largest: float | None
+) -> dict[str, float | None]:
+    """Standard errors of the headline numbers; that of the effective dimension is at λmax/100."""
+    found = {
+        "trace": stderr(spectrum.trace(exact)),
+        "frobenius": stderr(spectrum.norm(exact)),
+        "largest_eigenvalue": of_largest,
+    }
+    if largest > 0:
+        found["max_learning_rate"] = None if of_largest is None else 2 / largest**2 * of_largest
+        found["stable_rank"] = stderr(spectrum.stable_rank(exact))
+        dimension = spectrum.effective_dimension(exact, damping=largest / 100)
+        found["effective_dimension"] = stderr(dimension)
+    return found
 
 
 def _choose_estimator(
     model: nn.Module, likelihood: Likelihood, data: Any, notes: list[str]
-) -> Estimator:
-    """The exact Fisher if its Gram matrix stays small, else a few labels per sample."""
+) -> tuple[Estimator, int]:
+    """The exact Fisher if its Gram matrix stays small, else a few labels per sample.
+
+    Returns:
+        The estimator, and the columns of the output Fisher of a sample.
+    """
     num_samples, columns = 0, 0
     with torch.no_grad(), buffers_kept(model):
         for batch in Data(data, unwrap(model)):
@@ -225,7 +301,7 @@ def _choose_estimator(
             num_samples += len(outputs)
             columns = max(columns, likelihood.num_columns(outputs))
     if num_samples * columns <= MAX_EXACT_ROWS:
-        return Exact()
+        return Exact(), columns
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = min(SAMPLED_ROWS, SAMPLED_ENTRIES // max(num_parameters, 1))
     draws = max(rows // num_samples, 1)
@@ -239,53 +315,88 @@ def _choose_estimator(
     if 2 * columns <= MAX_EXACT_ROWS:
         note += f" Up to {MAX_EXACT_ROWS // columns:,} samples are measured exactly."
     notes.append(note)
-    return MonteCarlo(draws)
+    return MonteCarlo(draws), columns
 
 
-def _layers(
+def _blocks(
     model: nn.Module,
     exact: GramOperator,
-    matrices: dict[str, FisherOperator | None],
-    overlaps: dict[str, dict[str, Tensor]],
-) -> list[dict[str, Any]]:
-    """Per block: share of the trace, largest eigenvalue, and errors of approximations."""
+    structures: list[str],
+    candidates: dict[str, Candidate],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Per block: share of the trace, largest eigenvalue, errors of structures; and its entries."""
     kinds = _kinds(unwrap(model), exact)
-    whole_trace = float(exact.trace())
     rules = {entry.block: entry.rule for entry in exact.coverage}
-    found = []
+    whole = candidates.get("BlockDiagonal")
+    layers: list[dict[str, Any]] = []
+    entries: dict[str, dict[str, Any]] = {}
     for block, rule in rules.items():
         part = exact.block(block)
         assert isinstance(part, GramOperator)
-        trace = float(part.trace())
-        full = matrices["BlockDiagonal"]
-        # Where the block is smaller than the number of rows, its own matrix is the cheaper one.
-        small = full is not None and part.num_parameters <= exact.num_rows
-        spectrum = (full.block(block) if small and full is not None else part).eigenvalues(1)
-        kronecker = matrices["Kronecker"]
-        found.append(
+        dense = rows = None
+        if whole is not None and part.num_parameters <= LARGEST_DENSE:
+            dense = whole.S.block(block).to_dense()
+        if part.num_rows * part.num_parameters <= LARGEST_GRADIENTS:
+            rows = gradients(part)
+        seen = {kind: each.see(block, part, rows, dense) for kind, each in candidates.items()}
+        layers.append(
             {
                 "name": block,
                 "type": kinds[block],
                 "rule": rule,
-                "num_parameters": part.num_parameters,
-                "trace": trace,
-                "trace_stderr": _finite(variance.trace(part)),
-                "share": trace / whole_trace if whole_trace > 0 else 0.0,
-                "trace_per_parameter": trace / part.num_parameters,
-                "largest_eigenvalue": float(spectrum[0]),
-                **{
-                    f"{kind.lower()}_error": None
-                    if F is None
-                    else _error(part, F.block(block), overlaps[kind][block])
-                    for kind, F in matrices.items()
-                    if kind != "BlockDiagonal"
-                },
-                "kronecker_trace_ratio": None
-                if kronecker is None or trace == 0
-                else float(kronecker.block(block).trace()) / trace,
+                **_layer(part, exact, dense, seen, [k for k in structures if k != "BlockDiagonal"]),
+                "kronecker_trace_ratio": _trace_ratio(part, candidates.get("Kronecker"), block),
             }
         )
-    return found
+        for name, value in part.diagonal().items():
+            entries[name] = summary(part, name, value, rows)
+    return layers, [entries[name] for name in exact.layout.names]
+
+
+def _layer(
+    part: GramOperator,
+    exact: GramOperator,
+    dense: Tensor | None,
+    seen: dict[str, Error],
+    structures: list[str],
+) -> dict[str, Any]:
+    """Numbers of a block, and their standard errors."""
+    size, trace, share = part.num_parameters, spectrum.trace(part), spectrum.share(part, exact)
+    small = dense is not None and size <= part.num_rows
+    largest = spectrum.largest_eigenvalue(part, dense if small else None)
+    of_trace = stderr(trace)
+    numbers = {
+        "trace": (float(part.trace()), of_trace),
+        "share": (_number(share), stderr(share)),
+        "trace_per_parameter": (
+            float(part.trace()) / size,
+            None if of_trace is None else of_trace / size,
+        ),
+        "largest_eigenvalue": (_number(largest), stderr(largest)),
+        **{
+            f"{kind.lower()}_error": (seen[kind].value, seen[kind].stderr)
+            if kind in seen
+            else (None, None)
+            for kind in structures
+        },
+    }
+    return {
+        "num_parameters": size,
+        **{name: value for name, (value, _) in numbers.items()},
+        "stderr": {name: error for name, (_, error) in numbers.items()},
+    }
+
+
+def _number(estimate: Estimate) -> float:
+    assert isinstance(estimate.value, Tensor)
+    return float(estimate.value)
+
+
+def _trace_ratio(part: GramOperator, kronecker: Candidate | None, block: str) -> float | None:
+    trace = float(part.trace())
+    if kronecker is None or trace == 0:
+        return None
+    return float(kronecker.S.block(block).trace()) / trace
 
 
 def _kinds(model: nn.Module, exact: FisherOperator) -> dict[str, str]:
@@ -302,83 +413,40 @@ def _kinds(model: nn.Module, exact: FisherOperator) -> dict[str, str]:
     return {block: " + ".join(names) for block, names in found.items()}
 
 
-def _overlaps(exact: GramOperator, approximation: FisherOperator) -> dict[str, Tensor]:
-    """The inner product `tr F S` of each block; blocks are all that S has."""
-    found = {}
-    for block in dict.fromkeys(entry.block for entry in exact.coverage):
-        ours, its = exact.block(block), approximation.block(block)
-        assert isinstance(ours, GramOperator)
-        # What is exact is a part of F (its diagonal, its blocks), and F minus it orthogonal to it.
-        kept_as_it_is = all(entry.exact for entry in its.coverage)
-        found[block] = its.norm().double() ** 2 if kept_as_it_is else ours.overlap(its).double()
-    return found
-
-
-def _error(exact: GramOperator, approximation: FisherOperator, overlap: Tensor) -> float | None:
-    """`‖F − S‖ / ‖F‖` in Frobenius norm, without forming either matrix."""
-    norm = exact.norm().double()
-    if norm == 0:
-        return None
-    squared = norm**2 - 2 * overlap + approximation.norm().double() ** 2
-    return math.sqrt(max(float(squared), 0.0)) / float(norm)
-
-
-def _summary(exact: FisherOperator, parameter: str, values: Tensor) -> dict[str, Any]:
-    """Distribution of the diagonal over one parameter's entries."""
-    values = values.flatten().double().cpu()
-    positive = values[values > 0]
-    histogram = None
-    if len(positive):
-        logs = positive.log10()
-        low, high = float(logs.min()), float(logs.max())
-        edges = torch.linspace(low, max(high, low + 1e-6), NUM_BINS + 1, dtype=torch.float64)
-        counts = torch.histogram(logs, edges).hist
-        histogram = {"log10_edges": edges.tolist(), "counts": [int(c) for c in counts]}
-    return {
-        "parameter": parameter,
-        "layer": exact.coverage[parameter].block,
-        "count": len(values),
-        "mean": float(values.mean()),
-        "min": float(values.min()),
-        "max": float(values.max()),
-        "quantiles": {str(q): _quantile(values, q) for q in QUANTILES},
-        "zeros": int((values == 0).sum()),
-        "histogram": histogram,
-    }
-
-
-def _quantile(values: Tensor, q: float) -> float:
-    """By sorting: torch.quantile refuses large tensors."""
-    return float(values.sort().values[min(int(q * len(values)), len(values) - 1)])
-
-
 def _above_rounding(values: Tensor) -> Tensor:
     """The eigenvalues that the precision can tell from zero; at least the largest."""
     cutoff = len(values) * torch.finfo(values.dtype).eps * values[0]
     return values[: max(int((values > cutoff).sum()), 1)]
 
 
-def _spectrum(exact: GramOperator, values: Tensor) -> dict[str, Any]:
+def _spectrum(exact: GramOperator, values: Tensor, errors: list[float | None]) -> dict[str, Any]:
     nonzero = values[values > 0].tolist()
+    leading = nonzero[:NUM_LEADING]
     return {
         "method": "Gram",
         "count": len(nonzero),
         "total_dimension": exact.num_parameters,
         "zeros": exact.num_parameters - len(nonzero),
-        "leading": nonzero[:NUM_LEADING],
+        "leading": leading,
+        "stderr": {"leading": errors[: len(leading)]},
         "eigenvalues": nonzero,
     }
 
 
-def _effective_dimensions(values: Tensor) -> list[dict[str, float]]:
+def _effective_dimensions(exact: GramOperator, values: Tensor) -> list[dict[str, float | None]]:
     """`Σ λ/(λ + damping)` over dampings from far below to above the spectrum."""
     largest = float(values[0])
     if largest <= 0:
         return []
     exponents = torch.linspace(-8, 1, NUM_DAMPINGS, dtype=torch.float64)
     dampings = largest * 10**exponents
+    errors = stderr(spectrum.effective_dimension(exact, damping=dampings))
     values = values.double()
     return [
-        {"damping": float(damping), "value": float((values / (values + damping)).sum())}
-        for damping in dampings
+        {
+            "damping": float(damping),
+            "value": float((values / (values + damping)).sum()),
+            "stderr": error,
+        }
+        for damping, error in zip(dampings, errors, strict=True)
     ]

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["MISSING", "count", "counted", "percent", "power_of_ten", "quantity", "ratio"]
+from collections.abc import Callable
+
+__all__ = [
+    "MISSING",
+    "count",
+    "counted",
+    "measured",
+    "percent",
+    "power_of_ten",
+    "quantity",
+    "ratio",
+]
 
 MISSING = "–"
 """Stands for what was not measured."""
@@ -34,6 +45,29 @@ def quantity(value: float | None, digits: int = 3) -> str:
     else:
         text = f"{mantissa}×{power_of_ten(order)}"
     return text.replace("-", "−")
+
+
+def measured(
+    value: float | None, stderr: float | None, show: Callable[[float | None], str] | None = None
+) -> str:
+    """A number with its standard error, which has two digits.
+
+    Args:
+        value: None if it was not measured.
+        stderr: None if it is not known.
+        show: how both are written, such as `percent`.
+
+    Example:
+        >>> measured(22.18, 0.5971), measured(22.18, None), measured(None, None)
+        ('22.2 ± 0.60', '22.2 ± –', '–')
+        >>> measured(0.872, 0.011, percent)
+        '87.2% ± 1.1%'
+    """
+    if value is None:
+        return MISSING
+    if show is not None:
+        return f"{show(value)} ± {show(stderr)}"
+    return f"{quantity(value)} ± {quantity(stderr, digits=2)}"
 
 
 def power_of_ten(exponent: int) -> str:

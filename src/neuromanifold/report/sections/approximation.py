@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from markupsafe import Markup
 
 from neuromanifold.report import charts
-from neuromanifold.report.numerals import percent, quantity
+from neuromanifold.report.numerals import measured, percent, quantity
 from neuromanifold.report.sections._base import (
+    WHISKERS,
     Analysis,
     Section,
     Table,
     code,
+    error,
+    interval,
     largest,
     layer_name,
 )
@@ -47,10 +50,20 @@ def layer_errors(analysis: Analysis) -> Section | None:
         return None
     known = [layer for layer in analysis["layers"] if layer_name(layer["name"]) in errors]
     drawn = [layer_name(layer["name"]) for layer in largest(known, "trace", _MOST_DRAWN)]
+    spread = {
+        (layer_name(layer["name"]), structure): error(layer, key)
+        for layer in known
+        for structure, key in _STRUCTURES.items()
+    }
     rows = [
-        {"layer": layer, "structure": structure, "error": error}
+        {
+            "layer": layer,
+            "structure": structure,
+            "error": distance,
+            **interval(distance, spread[layer, structure]),
+        }
         for layer in drawn
-        for structure, error in errors[layer].items()
+        for structure, distance in errors[layer].items()
     ]
     reading = "0 is exact; at 1, the approximation K misses as much as leaving everything out."
     if len(drawn) < len(errors):
@@ -58,6 +71,8 @@ def layer_errors(analysis: Analysis) -> Section | None:
             f" Drawn are the {len(drawn)} of {len(errors)} layers with the largest trace; the "
             f"table has all."
         )
+    if any("low" in row for row in rows):
+        reading += f" {WHISKERS}"
     closest = {layer: min(of, key=of.__getitem__) for layer, of in errors.items()}
     leader = max(_STRUCTURES, key=list(closest.values()).count)
     says = _say_layer_errors(errors, closest, leader)
@@ -65,7 +80,11 @@ def layer_errors(analysis: Analysis) -> Section | None:
         "Relative error of each layer’s block",
         ("layer", *_STRUCTURES, "closest"),
         [
-            [layer, *(quantity(of.get(structure)) for structure in _STRUCTURES), closest[layer]]
+            [
+                layer,
+                *(measured(of.get(kind), spread[layer, kind]) for kind in _STRUCTURES),
+                closest[layer],
+            ]
             for layer, of in errors.items()
         ],
     )
@@ -129,27 +148,32 @@ def _advice_on_layer_errors(
 
 def whole_errors(analysis: Analysis) -> Section | None:
     """How far each structure is from the full matrix."""
-    measured = analysis.get("whole_errors") or {}
-    known = ((name, error) for name, error in measured.items() if error is not None)
+    found = analysis.get("whole_errors") or {}
+    known = ((name, distance) for name, distance in found.items() if distance is not None)
     errors = dict(sorted(known, key=lambda item: item[1]))
     if not errors:
         return None
+    spread = {name: error(analysis, "whole_errors", name) for name in errors}
     says, advice = _say_whole_errors(errors), _advice_on_whole_errors(errors)
     table = Table(
         "Relative error against the full matrix",
         ("structure", "‖F − K‖ / ‖F‖"),
-        [[name, quantity(error)] for name, error in errors.items()],
+        [[name, measured(value, spread[name])] for name, value in errors.items()],
     )
+    rows = [
+        {"structure": name, "error": value, **interval(value, spread[name])}
+        for name, value in errors.items()
+    ]
+    reading = "BlockDiagonal keeps every layer exactly and drops only what couples the layers."
+    if any("low" in row for row in rows):
+        reading += f" {WHISKERS}"
     return Section(
         key="whole-errors",
         title="What is lost over the whole network?",
         says=says,
         advice=advice,
-        reading="BlockDiagonal keeps every layer exactly and drops only what couples the layers.",
-        chart=charts.error_bars(
-            [{"structure": name, "error": error} for name, error in errors.items()],
-            says.striptags(),
-        ),
+        reading=reading,
+        chart=charts.error_bars(rows, says.striptags()),
         table=table,
     )
 

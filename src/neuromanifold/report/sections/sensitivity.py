@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from neuromanifold.report import charts
-from neuromanifold.report.numerals import count, percent, quantity, ratio
+from neuromanifold.report.numerals import count, measured, percent, quantity, ratio
 from neuromanifold.report.sections._base import (
+    WHISKERS,
     Analysis,
     Section,
     Table,
     code,
+    error,
+    interval,
     largest,
     layer_name,
 )
@@ -36,6 +39,7 @@ def trace_by_layer(analysis: Analysis) -> Section | None:
             "trace": layer["trace"],
             "trace_share": layer["share"],
             "parameter_share": layer["num_parameters"] / total,
+            **interval(layer["share"], error(layer, "share"), most=1.0),
         }
         for layer in layers
     ]
@@ -47,6 +51,8 @@ def trace_by_layer(analysis: Analysis) -> Section | None:
             f" Drawn are the {len(drawn)} of {len(rows)} layers with the largest trace, "
             f"{percent(sum(row['trace_share'] for row in drawn))} of it; the table has all."
         )
+    if any("low" in row for row in drawn):
+        reading += f" {WHISKERS}"
     says = Markup("{} holds {} of the trace with {} of the parameters.").format(
         code(top["layer"]), percent(top["trace_share"]), percent(top["parameter_share"])
     )
@@ -57,7 +63,6 @@ def trace_by_layer(analysis: Analysis) -> Section | None:
             "type",
             "parameters",
             "trace (nats/param²)",
-            "standard error",
             "share of the trace",
             "trace per parameter",
             "largest eigenvalue",
@@ -67,11 +72,12 @@ def trace_by_layer(analysis: Analysis) -> Section | None:
                 layer_name(layer["name"]),
                 layer["type"],
                 count(layer["num_parameters"]),
-                quantity(layer["trace"]),
-                quantity(layer.get("trace_stderr")),
-                percent(layer["share"]),
-                quantity(layer["trace_per_parameter"]),
-                quantity(layer["largest_eigenvalue"]),
+                measured(layer["trace"], error(layer, "trace")),
+                measured(layer["share"], error(layer, "share"), percent),
+                *(
+                    measured(layer[name], error(layer, name))
+                    for name in ("trace_per_parameter", "largest_eigenvalue")
+                ),
             ]
             for layer in layers
         ],
@@ -126,6 +132,9 @@ def diagonal(analysis: Analysis) -> Section | None:
         {
             "parameter": group["parameter"],
             **{field: group["quantiles"][q] for q, field in _QUANTILES.items()},
+            **interval(
+                group["quantiles"]["0.5"], error(group, "quantiles", "0.5"), logarithmic=True
+            ),
         }
         for group in groups
     ]
@@ -133,14 +142,27 @@ def diagonal(analysis: Analysis) -> Section | None:
     says = _say_diagonal(groups)
     table = Table(
         "Diagonal of the Fisher matrix (nats/param²) by parameter",
-        ("parameter", "entries", "5% below", "median", "95% below", "mean", "exactly zero"),
+        (
+            "parameter",
+            "entries",
+            "5% below",
+            "median",
+            "95% below",
+            "mean",
+            "exactly zero",
+            "single entries ±",
+        ),
         [
             [
                 group["parameter"],
                 count(group["count"]),
-                *(quantity(group["quantiles"][q]) for q in ("0.05", "0.5", "0.95")),
-                quantity(group["mean"]),
+                *(
+                    measured(group["quantiles"][q], error(group, "quantiles", q))
+                    for q in ("0.05", "0.5", "0.95")
+                ),
+                measured(group["mean"], error(group, "mean")),
                 count(group["zeros"]),
+                percent(group.get("median_relative_error")),
             ]
             for group in groups
         ],
@@ -151,6 +173,8 @@ def diagonal(analysis: Analysis) -> Section | None:
             f" Drawn are the {_MOST_DRAWN // 2} parameters with the largest medians and the "
             f"{_MOST_DRAWN // 2} with the smallest, of {len(rows)}; the table has all."
         )
+    if any("low" in row for row in drawn):
+        reading += " Across the tick: its 95% interval."
     if any(row["q05"] == 0 for row in drawn):
         reading += " What touches the left edge includes entries of zero."
     return Section(

@@ -9,8 +9,16 @@ from markupsafe import Markup
 
 from neuromanifold.report import charts
 from neuromanifold.report.headline import effective_dimension, reference_damping
-from neuromanifold.report.numerals import count, counted, percent, quantity, ratio
-from neuromanifold.report.sections._base import Analysis, Section, Table, code
+from neuromanifold.report.numerals import count, counted, measured, percent, quantity, ratio
+from neuromanifold.report.sections._base import (
+    WHISKERS,
+    Analysis,
+    Section,
+    Table,
+    code,
+    error,
+    interval,
+)
 
 _MOST_POINTS = 1000
 """Eigenvalues drawn, evenly spread over the logarithm of their rank; more look the same."""
@@ -29,14 +37,22 @@ def eigenvalues(analysis: Analysis) -> Section | None:
         count(most),
         counted(spectrum["total_dimension"], "direction"),
     )
-    rows = [{"rank": rank, "eigenvalue": values[rank - 1]} for rank in _spread_ranks(len(values))]
+    errors = dict(enumerate((spectrum.get("stderr") or {}).get("leading", ()), 1))
+    rows = [
+        {
+            "rank": rank,
+            "eigenvalue": values[rank - 1],
+            **interval(values[rank - 1], errors.get(rank), logarithmic=True),
+        }
+        for rank in _spread_ranks(len(values))
+    ]
     table = Table(
         f"The {len(spectrum['leading'])} largest of {count(spectrum['count'])} eigenvalues",
         ("rank", "eigenvalue (nats/param²)", "share of the trace", "up to here"),
         [
             [
                 str(rank),
-                quantity(value),
+                measured(value, errors.get(rank)),
                 percent(value / cumulative[-1]),
                 percent(cumulative[rank - 1] / cumulative[-1]),
             ]
@@ -80,6 +96,8 @@ def _read_spectrum(analysis: Analysis) -> str:
     )
     if len(spectrum["eigenvalues"]) > _MOST_POINTS:
         reading += " Towards the right, only some of them are drawn."
+    if any(error is not None for error in (spectrum.get("stderr") or {}).get("leading", ())):
+        reading += f" {WHISKERS} Only the {len(spectrum['leading'])} largest have one."
     if analysis["num_rows"] < spectrum["total_dimension"]:
         reading += f" {count(analysis['num_rows'])} gradients span no more directions than that."
     return reading
@@ -111,10 +129,20 @@ def dimension_left(analysis: Analysis) -> Section | None:
         "a hundredth of that damping, {}."
     ).format(
         quantity(damping),
-        quantity(dimension),
+        measured(dimension, error(analysis, "effective_dimension"))
+        if error(analysis, "effective_dimension") is not None
+        else quantity(dimension),
         count(analysis["spectrum"]["total_dimension"]),
         quantity(effective_dimension(values, damping / 100)),
     )
+    points = [
+        {
+            "damping": row["damping"],
+            "value": row["value"],
+            **interval(row["value"], row.get("stderr")),
+        }
+        for row in rows
+    ]
     samples = analysis["num_samples"]
     advice = Markup(
         "Read it at the damping you train with to see how many directions a natural-gradient step "
@@ -124,7 +152,7 @@ def dimension_left(analysis: Analysis) -> Section | None:
     table = Table(
         "Effective dimension against damping",
         ("damping (nats/param²)", "effective dimension (directions)"),
-        [[quantity(row["damping"]), quantity(row["value"])] for row in rows],
+        [[quantity(row["damping"]), measured(row["value"], row.get("stderr"))] for row in rows],
         num_names=0,
     )
     return Section(
@@ -132,9 +160,10 @@ def dimension_left(analysis: Analysis) -> Section | None:
         title="How many directions are left once damping is added?",
         says=says,
         advice=advice,
-        reading="Ring: the headline number. A damping adds that much to every eigenvalue.",
+        reading="Ring: the headline number. A damping adds that much to every eigenvalue."
+        + (" Band: 95% intervals." if any("low" in point for point in points) else ""),
         chart=charts.dimension_curve(
-            rows, says.striptags(), reference={"damping": damping, "value": dimension}
+            points, says.striptags(), reference={"damping": damping, "value": dimension}
         ),
         table=table,
     )

@@ -31,6 +31,7 @@
       line: { strokeWidth: 2 },
       style: {
         reference: { color: ink, stroke: paper, strokeWidth: 1, opacity: 1 },
+        whisker: { color: ink, strokeWidth: 1.5, opacity: 0.85 },
         ring: { color: ink, filled: false, strokeWidth: 1.5, opacity: 1 },
       },
     };
