@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         likelihoods,
         linalg,
         operators,
+        optim,
         report,
         structures,
         testing,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from neuromanifold._estimation import Estimated, estimate
     from neuromanifold._fisher import fisher, load
     from neuromanifold._forecast import Forecast, forecast
-    from neuromanifold.estimators import Empirical, Exact, MonteCarlo, RandomSigns
+    from neuromanifold.estimators import Empirical, Exact, Hessian, MonteCarlo, RandomSigns
     from neuromanifold.likelihoods import (
         Bernoulli,
         Categorical,
@@ -89,6 +90,7 @@ __all__ = [
     "Gaussian",
     "GaussianMeanVariance",
     "Gram",
+    "Hessian",
     "Implicit",
     "Kronecker",
     "LowRank",
@@ -110,6 +112,7 @@ __all__ = [
     "linalg",
     "load",
     "operators",
+    "optim",
     "report",
     "structures",
     "testing",
@@ -122,7 +125,7 @@ _CONTENTS = {
     "_estimation": ("Estimated", "estimate"),
     "_fisher": ("fisher", "load"),
     "_forecast": ("Forecast", "forecast"),
-    "estimators": ("Empirical", "Exact", "MonteCarlo", "RandomSigns"),
+    "estimators": ("Empirical", "Exact", "Hessian", "MonteCarlo", "RandomSigns"),
     "likelihoods": (
         "Bernoulli",
         "Categorical",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -68,17 +69,40 @@ class Estimate:
 
         return _map(ratio, self.stderr, self.value)
 
-    def interval(self, confidence: float = 0.95) -> tuple[Quantity, Quantity]:
+    def interval(
+        self, confidence: float = 0.95, *, positive: bool = False
+    ) -> tuple[Quantity, Quantity]:
         """Ends of the interval that covers the truth with this confidence, if errors are normal.
 
+        A few inputs, or rare labels, often make most of a diagonal or a trace. Where they are
+        missed by chance, both the value and its standard error are too small, and the symmetric
+        interval lies below the truth. `positive` is for numbers that cannot be negative, such as
+        these: the error of the logarithm is taken for normal, which reaches farther upwards and
+        never below zero.
+
+        Args:
+            confidence: how often the interval covers the truth.
+            positive: whether to take the logarithm for normal, `value · exp(± width · relative)`.
+
+        Returns:
+            Lower and upper ends, of the value's kind.
+
         Raises:
-            ValueError: If the confidence is not between 0 and 1.
+            ValueError: If the confidence is not between 0 and 1, or a value is negative where
+                `positive` says that none is.
+
+        Example:
+            >>> import torch
+            >>> found = Estimate(torch.tensor(10.0), {"data": torch.tensor(9.0)})
+            >>> [f"{float(end):.1f}" for end in found.interval()]
+            ['4.1', '15.9']
+            >>> [f"{float(end):.1f}" for end in found.interval(positive=True)]
+            ['5.6', '18.0']
         """
         width = quantile(confidence)
-        return (
-            _map(lambda value, stderr: value - width * stderr, self.value, self.stderr),
-            _map(lambda value, stderr: value + width * stderr, self.value, self.stderr),
-        )
+        ends = _around_logarithm if positive else _around
+        low, high = (_map(partial(ends, side * width), self.value, self.stderr) for side in (-1, 1))
+        return low, high
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: numbers, or lists of them."""
@@ -110,6 +134,21 @@ def _map(function: Callable[..., Tensor], *quantities: Quantity) -> Quantity:
         )
         for name in first
     }
+
+
+def _around(width: float, value: Tensor, stderr: Tensor) -> Tensor:
+    return value + width * stderr
+
+
+def _around_logarithm(width: float, value: Tensor, stderr: Tensor) -> Tensor:
+    if bool((value < 0).any()):
+        raise ValueError(
+            f"A value is {float(value.min()):g}, but positive=True is for numbers that cannot be "
+            f"negative. Use the symmetric interval, positive=False."
+        )
+    end = value * (width * stderr / value).exp()
+    # A value of zero has no logarithm; its error, if there is one, still counts upwards.
+    return torch.where(value == 0, max(width, 0) * stderr, end)
 
 
 def _root(variance: Any) -> Tensor:

@@ -231,6 +231,27 @@ class Block:
             inverse = [1 + slot.order.index(i) for i in range(len(slot.view))]
             rows[:, layout.slices[slot.parameter]] = permuted.permute(0, *inverse).flatten(1)
 
+    def join(self, params: Params) -> Tensor:
+        """The block's parameters, by name, as one `(1, G, O, I)`."""
+        parts = [
+            params[slot.parameter].reshape(slot.view).permute(slot.order) for slot in self.slots
+        ]
+        shaped = [
+            part.reshape(1, self.groups, self.fan_out, slot.columns)
+            for slot, part in zip(self.slots, parts, strict=True)
+        ]
+        return shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=-1)
+
+    def divide(self, value: Tensor, like: Params) -> Params:
+        """The inverse of `join`: `(1, G, O, I)` by name, in the shapes of `like`."""
+        found = {}
+        parts = value.split([slot.columns for slot in self.slots], dim=-1)
+        for slot, part in zip(self.slots, parts, strict=True):
+            permuted = part.reshape([slot.view[i] for i in slot.order])
+            inverse = [slot.order.index(i) for i in range(len(slot.view))]
+            found[slot.parameter] = permuted.permute(inverse).reshape(like[slot.parameter].shape)
+        return found
+
     def restrict(self, names: Iterable[str]) -> tuple[Block, list[int]] | None:
         """The block with some of its parameters, and the fan-in columns that stay."""
         keep: list[Slot] = []

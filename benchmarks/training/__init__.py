@@ -1,0 +1,1 @@
+"""Training: natural gradients against the optimizers that people use, by step and by second."""

@@ -1,0 +1,23 @@
+"""Natural-gradient optimizers: the true Fisher matrix under the contract of `torch.optim`."""
+
+from neuromanifold.optim.damping import LevenbergMarquardt
+from neuromanifold.optim.natural_gradient import NaturalGradient
+from neuromanifold.optim.preconditioner import Preconditioner
+from neuromanifold.optim.presets import Options, diagonal, ekfac, kfac, quasidiagonal, unitwise
+from neuromanifold.optim.monitoring import Monitor, scalars
+from neuromanifold.optim.schedules import Schedule
+
+__all__ = [
+    "LevenbergMarquardt",
+    "Monitor",
+    "NaturalGradient",
+    "Options",
+    "Preconditioner",
+    "Schedule",
+    "diagonal",
+    "ekfac",
+    "kfac",
+    "quasidiagonal",
+    "scalars",
+    "unitwise",
+]

@@ -1,0 +1,76 @@
+"""Moving averages of the sums that a structure is made of.
+
+Sums and the count that they are divided by decay alike, so that the mean is right from the first
+measurement on, whatever the sizes of the batches: bias correction is the division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["RunningSums"]
+
+Sums = Mapping[str, Mapping[str, Tensor]]
+
+
+class RunningSums:
+    """Exponentially weighted sums of statistics by block, and of what normalises them.
+
+    Attributes:
+        sums: by block, then by statistic.
+        counts: by block, of samples (or positions); a block that is new has a count of its own.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, Tensor]] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, sums: Sums, count: float, decay: float) -> None:
+        """Let what was decay, and add a measurement.
+
+        A block whose statistics have changed their shapes starts anew.
+
+        Args:
+            sums: of the measurement; of all blocks that there are now.
+            count: samples, or positions.
+            decay: of the old sums, in [0, 1).
+        """
+        for name in self.sums.keys() - sums.keys():  # frozen since
+            del self.sums[name], self.counts[name]
+        for name, new in sums.items():
+            old = self.sums.get(name)
+            if old is None or _shapes(old) != _shapes(new):
+                self.sums[name] = {key: value.to(_summed(value)) for key, value in new.items()}
+                self.counts[name] = float(count)
+                continue
+            for key, value in new.items():
+                old[key].mul_(decay).add_(value)
+            self.counts[name] = decay * self.counts[name] + count
+
+    def state_dict(self) -> dict[str, object]:
+        """Tensors and numbers, by name."""
+        return {
+            "sums": {name: dict(kept) for name, kept in self.sums.items()},
+            "counts": {**self.counts},
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Mapping[str, object]], device: torch.device
+    ) -> None:
+        """The inverse of `state_dict`."""
+        self.sums = {
+            name: {key: value.detach().to(device, copy=True) for key, value in kept.items()}  # type: ignore[attr-defined]
+            for name, kept in state["sums"].items()
+        }
+        self.counts = {name: float(count) for name, count in state["counts"].items()}  # type: ignore[arg-type]
+
+
+def _shapes(statistics: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in statistics.items()}
+
+
+def _summed(value: Tensor) -> torch.dtype:
+    return value.dtype if value.is_floating_point() else torch.float32

@@ -1,0 +1,267 @@
+"""The exact natural gradient of each batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from neuromanifold._fisher import fisher
+from neuromanifold._typing import Params
+from neuromanifold.capture import Forward, unwrap
+from neuromanifold.errors import CaptureError, NonFiniteError, UnsupportedError
+from neuromanifold.estimators import Estimator, MonteCarlo
+from neuromanifold.likelihoods import Likelihood
+from neuromanifold.operators import FisherOperator
+from neuromanifold.optim.one_group import OneGroup
+from neuromanifold.optim.preconditioner import _as_inputs, _Observer, _running_statistics
+from neuromanifold.optim.residuals import GaussNewton
+from neuromanifold.optim.schedules import Number, at_step
+from neuromanifold.structures import Gram
+
+__all__ = ["ExactNaturalGradient", "gram"]
+
+
+class ExactNaturalGradient(OneGroup):
+    """Steps by the whole Fisher matrix of the batch, for any number of parameters.
+
+    The step is
+
+        δ = momentum · δ' − (F + damping)⁻¹ (g + momentum · F δ')
+
+    with the last step δ' (SPRING: Goldshlager, Abrahamsen and Lin, arXiv 2401.10190): where this
+    batch says nothing, what earlier ones said is kept. F is that of the inputs that the model was
+    called with since the step before, in training mode with gradients enabled, several calls
+    included; it is solved in the space of samples, at a cost of `(samples × sweeps)³`. Batches are
+    normalised with their running statistics while F is measured.
+
+    Where `½ δᵀ F δ`, the KL divergence in nats per sample that δ would bring about, is over
+    `kl_max`, it is shortened to that. A step with NaN or infinity is left out, and counted.
+
+    Args:
+        model: that is trained; all its parameters with a gradient move.
+        likelihood: what its outputs mean.
+        lr: of all of δ.
+        momentum: weight of the last step, in [0, 1).
+        damping: in nats/parameter², positive; a number, or a function of the step.
+        kl_max: nats per sample; None for no limit.
+        weight_decay: weights shrink by `lr · weight_decay`.
+        estimator: which vectors go back; one sampled label per input by default. `nm.Exact()` for
+            few classes.
+        forward: `forward(model, inputs)`, if the model is not called the usual way.
+        generator: source of sampled labels; one with a seed of its own by default.
+        maximize: not supported.
+        differentiable: not supported.
+
+    Attributes:
+        kl: of the last step, as the quadratic model has it, in nats per sample.
+
+    Raises:
+        ValueError: If a number makes no sense.
+        UnsupportedError: For a model that is distributed over processes.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(32, 4), torch.randint(3, (32,))
+        >>> opt = nm.optim.gram(model, nm.Categorical(), lr=0.5)
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     loss = torch.nn.functional.cross_entropy(model(x), y)
+        ...     loss.backward()
+        ...     opt.step()
+        >>> opt.skipped
+        0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        lr: float = 0.5,
+        momentum: float = 0.9,
+        damping: Number = 1e-3,
+        kl_max: float | None = 1.0,
+        weight_decay: float = 0.0,
+        estimator: Estimator | None = None,
+        forward: Forward | None = None,
+        generator: torch.Generator | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise UnsupportedError(
+                "The exact Fisher matrix of a batch that lies on several processes is not "
+                "supported. Use nm.optim.kfac, which sums over processes."
+            )
+        if not (callable(damping) or damping > 0):
+            raise ValueError(
+                f"damping is a positive number in nats/parameter², or a function of the step; "
+                f"got {damping!r}."
+            )
+        if not (kl_max is None or kl_max > 0):
+            raise ValueError(f"kl_max must be positive, or None, got {kl_max!r}.")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}.")
+        self.model = unwrap(model)
+        self.likelihood = likelihood
+        self.damping = damping
+        self.estimator = MonteCarlo(1) if estimator is None else estimator
+        self.forward = forward
+        if generator is None:
+            generator = torch.Generator(next(self.model.parameters()).device)
+            generator.manual_seed(int(torch.randint(2**62, ())))
+        self.generator = generator
+        self.steps = 0
+        self.kl = 0.0
+        self._batches: list[Any] = []
+        self._measuring = False
+        defaults = {"lr": lr, "momentum": momentum, "kl_max": kl_max, "weight_decay": weight_decay}
+        super().__init__(
+            self.model.parameters(), defaults, maximize=maximize, differentiable=differentiable
+        )
+        self._watch(model)
+
+    def _watch(self, model: nn.Module) -> None:
+        self._hook = model.register_forward_pre_hook(_Observer(self), with_kwargs=True)
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is about to be called."""
+        if not self._measuring and self.model.training and torch.is_grad_enabled():
+            self._batches.append(_as_inputs(self.model, args, kwargs))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: evaluates the loss again with gradients, and returns it.
+
+        Raises:
+            CaptureError: If a gradient has come, but the model was not called in training mode.
+        """
+        loss = None
+        if closure is not None:
+            self._batches.clear()
+            with torch.enable_grad():
+                loss = closure()
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        batches, self._batches = self._batches, []
+        if not batches:
+            self._require_no(gradients)
+        elif gradients:
+            try:
+                self._move(gradients, self._measured(batches, gradients))
+            except NonFiniteError:
+                self.skipped += 1
+        self.steps += 1
+        return loss
+
+    def _require_no(self, gradients: Params) -> None:
+        # Some checkpointing tools take a step with zero gradients to fill the state.
+        if any(bool(g.any()) for g in gradients.values()):
+            raise CaptureError(
+                "There are gradients, but the model was not called since the last step. Its batch "
+                "is seen when the model itself is called in training mode (model.train()) with "
+                "gradients enabled. If you call parts of the model, or compiled it after making "
+                "the optimizer, pass what you call."
+            )
+
+    def _measured(self, batches: list[Any], gradients: Params) -> FisherOperator:
+        self._measuring = True
+        try:
+            with _running_statistics(self.model):
+                return fisher(
+                    self.model,
+                    self.likelihood,
+                    batches[0] if len(batches) == 1 else batches,
+                    Gram(),
+                    estimator=self.estimator,
+                    params=list(gradients),
+                    forward=self.forward,
+                    generator=self.generator,
+                )
+        finally:
+            self._measuring = False
+
+    def _move(self, gradients: Params, matrix: FisherOperator) -> None:
+        group, named = self.param_groups[0], dict(self.model.named_parameters())
+        layout = matrix.layout
+        params = {name: named[name] for name in layout.names}
+        last = layout.flatten({name: self._last_step(p) for name, p in params.items()})
+        start = group["momentum"] * last.to(matrix.dtype)
+        slope = layout.flatten(gradients).to(matrix.dtype) + matrix @ start
+        step = start - matrix.solve(slope, damping=at_step(self.damping, self.steps))
+        kl = float(matrix.inner(step, step)) / 2
+        if not math.isfinite(kl):
+            raise NonFiniteError("The step holds NaN or infinity.")
+        limit = group["kl_max"]
+        scale = 1.0 if limit is None or kl <= limit else math.sqrt(limit / kl)
+        self.kl = kl * (scale * group["lr"]) ** 2
+        for name, moved in layout.unflatten(step).items():
+            p = params[name]
+            self.state[p]["step"] = moved.to(p.dtype)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(self.state[p]["step"], alpha=group["lr"] * scale)
+
+    # ---- state -----------------------------------------------------------------------------
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "kl": self.kl, "generator": self.generator.get_state()}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.kl = state["steps"], state["kl"]
+        self.generator.set_state(state["generator"].cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = (
+            "model", "likelihood", "damping", "estimator", "forward", "generator", "steps", "kl",
+            "skipped",
+        )  # fmt: skip
+        own = {name: getattr(self, name) for name in names}
+        return {**super().__getstate__(), **own, "_batches": [], "_measuring": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch(self.model)
+
+
+@overload
+def gram(model: nn.Module, likelihood: Likelihood, **options: Any) -> ExactNaturalGradient: ...
+
+
+@overload
+def gram(model: nn.Module, likelihood: None = None, **options: Any) -> GaussNewton: ...
+
+
+def gram(
+    model: nn.Module, likelihood: Likelihood | None = None, **options: Any
+) -> ExactNaturalGradient | GaussNewton:
+    """The exact natural gradient of each batch: any number of parameters, some thousand samples.
+
+    Costs one solve as wide as the batch has samples, and memory for their records.
+
+    Args:
+        model: that is trained.
+        likelihood: what its outputs mean; without one, `opt.step(closure)` takes the residuals
+            that the closure returns.
+        **options: see `nm.optim.ExactNaturalGradient`; without a likelihood, see
+            `nm.optim.GaussNewton`.
+
+    Source: Goldshlager, Abrahamsen and Lin, arXiv 2401.10190.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x, y = torch.nn.Linear(3, 1).double(), torch.randn(9, 3).double(), torch.ones(9)
+        >>> opt = nm.optim.gram(model)
+        >>> for _ in range(30):
+        ...     loss = opt.step(lambda: model(x)[:, 0] - y)
+        >>> opt.loss < 1e-12
+        True
+    """
+    if likelihood is None:
+        return GaussNewton(model.parameters(), **options)
+    return ExactNaturalGradient(model, likelihood, **options)

@@ -1,0 +1,144 @@
+"""Optimizers in one line, by the structure that they keep of the Fisher matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
+from torch import nn
+
+from neuromanifold.capture import Forward
+from neuromanifold.estimators import Estimator
+from neuromanifold.likelihoods import Likelihood
+from neuromanifold.optim.natural_gradient import NaturalGradient
+from neuromanifold.optim.preconditioner import Preconditioner
+from neuromanifold.optim.schedules import Number, Schedule
+from neuromanifold.structures import (
+    Diagonal,
+    EigenKronecker,
+    Kronecker,
+    QuasiDiagonal,
+    Reducer,
+    Structure,
+    UnitWise,
+)
+
+__all__ = ["Options", "diagonal", "ekfac", "kfac", "quasidiagonal", "unitwise"]
+
+
+class Options(TypedDict, total=False):
+    """What every preset takes, beside the model and the likelihood.
+
+    `lr`, `momentum`, `weight_decay`, `kl_max`, `adamw_lr`, `line` and `maximize` are those of
+    `nm.optim.NaturalGradient`; `estimator`, `damping`, `schedule`, `decay`, `fraction`, `split`,
+    `forward`, `observe`, `reducer` and `generator` those of `nm.optim.Preconditioner`.
+
+    Attributes:
+        params: parameters or groups of them; all of the model by default.
+        follow: names or patterns of the parameters that follow the curvature.
+    """
+
+    params: Iterable[Any]
+    follow: Iterable[str]
+    lr: float
+    momentum: float
+    weight_decay: float
+    kl_max: float | None
+    adamw_lr: float
+    line: bool
+    maximize: bool
+    estimator: Estimator
+    damping: Number
+    schedule: Schedule
+    decay: float
+    fraction: float
+    split: bool
+    forward: Forward
+    observe: Literal["automatic", "explicit"]
+    reducer: Reducer
+    generator: torch.Generator
+
+
+OF_OPTIMIZER = ("lr", "momentum", "weight_decay", "kl_max", "adamw_lr", "line", "maximize")
+
+
+def _preset(
+    model: nn.Module, likelihood: Likelihood, structure: Structure, options: Options
+) -> NaturalGradient:
+    of_optimizer: dict[str, Any] = {name: options[name] for name in OF_OPTIMIZER if name in options}  # type: ignore[literal-required]
+    known = Options.__annotations__.keys()
+    unknown = options.keys() - known
+    if unknown:
+        raise TypeError(
+            f"There is no option {sorted(unknown)[0]!r}. There are: {', '.join(sorted(known))}."
+        )
+    of_curvature: dict[str, Any] = {
+        "params" if name == "follow" else name: value
+        for name, value in options.items()
+        if name not in {*OF_OPTIMIZER, "params"}
+    }
+    preconditioner = Preconditioner(model, likelihood, structure, **of_curvature)
+    params = options.get("params", model.parameters())
+    return NaturalGradient(params, preconditioner, **of_optimizer)
+
+
+def kfac(model: nn.Module, likelihood: Likelihood, **options: Unpack[Options]) -> NaturalGradient:
+    """Kronecker factors of the true Fisher matrix: the one to begin with.
+
+    Costs two matrix products per layer and step, and the inversion of factors as wide as the
+    layers, every 50 steps in the long run.
+
+    Args:
+        model: that is trained.
+        likelihood: what its outputs mean.
+        **options: see `nm.optim.Options`.
+
+    Source: Martens and Grosse, arXiv 1503.05671.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(32, 4), torch.randint(3, (32,))
+        >>> opt = nm.optim.kfac(model, nm.Categorical(), lr=0.1)
+        >>> torch.nn.functional.cross_entropy(model(x), y).backward()
+        >>> opt.step()
+    """
+    return _preset(model, likelihood, Kronecker(), options)
+
+
+def ekfac(model: nn.Module, likelihood: Likelihood, **options: Unpack[Options]) -> NaturalGradient:
+    """Kronecker-factored eigenbases, with the measured second moment along each direction.
+
+    Follows changes between two inversions, and has the exact trace; twice the products of `kfac`,
+    and eigendecompositions in place of inversions.
+
+    Source: George et al., arXiv 1806.03884.
+    """
+    return _preset(model, likelihood, EigenKronecker(), options)
+
+
+def unitwise(
+    model: nn.Module, likelihood: Likelihood, **options: Unpack[Options]
+) -> NaturalGradient:
+    """An exact block for each unit, over its incoming weights: for narrow layers.
+
+    Source: Amari, Karakida and Oizumi, arXiv 1808.07172.
+    """
+    return _preset(model, likelihood, UnitWise(), options)
+
+
+def quasidiagonal(
+    model: nn.Module, likelihood: Likelihood, **options: Unpack[Options]
+) -> NaturalGradient:
+    """The diagonal and the row of each unit's bias: as cheap as Adam, indifferent to input offsets.
+
+    Source: Ollivier, arXiv 1303.0818.
+    """
+    return _preset(model, likelihood, QuasiDiagonal(), options)
+
+
+def diagonal(
+    model: nn.Module, likelihood: Likelihood, **options: Unpack[Options]
+) -> NaturalGradient:
+    """The diagonal of the Fisher matrix alone: the cheapest, and the one to compare with."""
+    return _preset(model, likelihood, Diagonal(), options)
