@@ -327,7 +327,7 @@ def show_coverage(rows: list[dict[str, Any]]) -> None:
             ),
             *(verdict(row["covered"], row["runs"], row["bar"]) for row in (symmetric, positive)),
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def show_plans(rows: list[dict[str, Any]]) -> None:
@@ -347,7 +347,7 @@ def show_plans(rows: list[dict[str, Any]]) -> None:
             verdict(row["within"], row["runs"], row["bar"]),
             f"{row['cpu_seconds_of_both']:.0f}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def main() -> None:

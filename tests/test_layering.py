@@ -24,9 +24,10 @@ LEVELS = {
         5: "_fisher",
         6: "_estimation _forecast",
         7: "variance relative spectral meanfield optim belief apps testing",
-        8: "report",
-        9: "cli",
-        10: "__main__",
+        8: "training",
+        9: "report",
+        10: "cli",
+        11: "__main__",
     }.items()
     for name in names.split()
 }

@@ -18,7 +18,18 @@ import pytest
 import neuromanifold
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"altair", "jinja2", "rich", "scipy", "sklearn", "transformers", "typer", "vl_convert"}
+EXTRAS = {
+    "accelerate",
+    "altair",
+    "jinja2",
+    "lightning",
+    "rich",
+    "scipy",
+    "sklearn",
+    "transformers",
+    "typer",
+    "vl_convert",
+}
 
 
 def loaded_after(code: str) -> set[str]:
@@ -96,7 +107,9 @@ def test_the_library_does_not_load_the_extras():
     assert not loaded & EXTRAS
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["analyze"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["analyze"], ["estimate"], ["train"]], ids=" ".join
+)
 def test_help_does_not_load_torch(command):
     code = f"from neuromanifold.cli import app\napp({[*command, '--help']}, standalone_mode=False)"
     loaded = loaded_after(code)

@@ -1,5 +1,6 @@
 """`python -m benchmarks.training`: by step and by second, from the same small search for everyone.
 
+Learning rates are chosen by the number that is judged, on the first seed, for everyone alike.
 Name problems and contestants to run a part: `python -m benchmarks.training gpt --only AdamW,kfac`.
 The environment variable BENCH chooses how long: `smoke`, `quick` (the default) or `full`.
 """

@@ -16,7 +16,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from benchmarks.training.contestants import CONTESTANTS, GRID
 from benchmarks.training.problems import Problem
 
-__all__ = ["MODES", "Mode", "Outcome", "Point", "contest", "heat"]
+__all__ = [
+    "MODES",
+    "Mode",
+    "Outcome",
+    "Point",
+    "Reached",
+    "as_data",
+    "best_at_the_edge",
+    "contest",
+    "heat",
+    "reached",
+    "steps_of",
+]
 
 EVALUATIONS = 25
 """In one run."""
@@ -173,11 +185,10 @@ def contest(
         for name, curve in heat(problem, rates, 0, mode.scale).items():
             first[name][rates[name]] = curve
     for name, outcome in outcomes.items():
-        for lr, curve in first[name].items():
-            found = curve[-1].found[problem.judged]
-            outcome.searched[lr] = found
-            if math.isnan(outcome.lr) or not problem.is_better(outcome.searched[outcome.lr], found):
-                outcome.lr = lr
+        outcome.searched = {
+            lr: curve[-1].found[problem.judged] for lr, curve in first[name].items()
+        }
+        outcome.lr = min(outcome.searched, key=lambda lr: problem.cost(outcome.searched[lr]))
         outcome.curves.append(first[name][outcome.lr])
     for seed in range(1, mode.seeds):
         tell(f"{problem.title}: seed {seed}")
@@ -188,10 +199,10 @@ def contest(
 
 
 class Reached(NamedTuple):
-    """Where a contestant is as good as AdamW at its end, as shares of AdamW's; median over seeds.
+    """Where a contestant is as good as AdamW at its end; the median over seeds.
 
     Attributes:
-        steps: infinite where a seed's median run never is.
+        steps: in units of AdamW's; infinite where the median run never is.
         seconds: the same.
     """
 
@@ -201,18 +212,21 @@ class Reached(NamedTuple):
 
 def reached(problem: Problem, outcome: Outcome, reference: Outcome) -> Reached:
     """Compare seed by seed."""
-    shares = []
-    for curve, other in zip(outcome.curves, reference.curves, strict=True):
-        end = other[-1]
-        target = end.found[problem.judged]
-        first = next((p for p in curve if problem.is_better(p.found[problem.judged], target)), None)
-        shares.append(
-            (math.inf, math.inf)
-            if first is None
-            else (first.step / end.step, first.seconds / end.seconds)
-        )
+    shares = [
+        _reached(problem, curve, other[-1])
+        for curve, other in zip(outcome.curves, reference.curves, strict=True)
+    ]
     steps, seconds = (statistics.median(column) for column in zip(*shares, strict=True))
     return Reached(steps, seconds)
+
+
+def _reached(problem: Problem, curve: list[Point], end: Point) -> Reached:
+    target = problem.cost(end.found[problem.judged])
+    for point in curve[1:]:
+        cost = problem.cost(point.found[problem.judged])
+        if math.isfinite(cost) and cost <= target:
+            return Reached(point.step / end.step, point.seconds / end.seconds)
+    return Reached(math.inf, math.inf)
 
 
 def as_data(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

@@ -71,10 +71,10 @@ def ours(
 
 
 CONTESTANTS = {
-    "AdamW": Contestant(2e-3, adamw),
+    "AdamW": Contestant(6e-3, adamw),
     "SGD": Contestant(0.03, sgd),
-    "Muon": Contestant(3e-3, muon),
-    "SOAP": Contestant(3e-3, soap),
+    "Muon": Contestant(6e-3, muon),
+    "SOAP": Contestant(6e-3, soap),
     "kfac": Contestant(0.1, partial(ours, nm.optim.kfac), curvature=True),
     "ekfac": Contestant(0.1, partial(ours, nm.optim.ekfac), curvature=True),
     "unitwise": Contestant(0.1, partial(ours, nm.optim.unitwise), curvature=True),

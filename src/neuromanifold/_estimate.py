@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from neuromanifold._intervals import plus_minus, quantile
 from neuromanifold._typing import Params
 
-__all__ = ["Estimate", "Quantity"]
+__all__ = ["Estimate", "Quantity", "plain"]
 
 Quantity: TypeAlias = Tensor | Params
 """A tensor, or one for each parameter."""
@@ -105,11 +106,11 @@ class Estimate:
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON: numbers, or lists of them."""
+        """Plain data, for JSON: numbers, or lists of them; what is not finite is None."""
         return {
-            "value": _plain(self.value),
-            "stderr": _plain(self.stderr),
-            "errors": {source: _plain(self.error(source)) for source in self.variances},
+            "value": plain(self.value),
+            "stderr": plain(self.stderr),
+            "errors": {source: plain(self.error(source)) for source in self.variances},
             "num_samples": self.num_samples,
             "draws": self.draws,
         }
@@ -156,7 +157,19 @@ def _root(variance: Any) -> Tensor:
     return root
 
 
-def _plain(quantity: Quantity) -> Any:
-    if isinstance(quantity, Tensor):
-        return quantity.tolist()
-    return {name: value.tolist() for name, value in quantity.items()}
+def plain(value: Any) -> Any:
+    """Tensors as lists, and None for NaN and infinity, which JSON does not have.
+
+    Example:
+        >>> plain({"errors": torch.tensor([1.0, float("inf")]), "draws": 1})
+        {'errors': [1.0, None], 'draws': 1}
+    """
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

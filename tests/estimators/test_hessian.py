@@ -330,6 +330,8 @@ def test_an_indefinite_matrix_refuses_what_does_not_exist(
     ):
         with pytest.raises(nm.errors.NotPositiveDefiniteError, match=r"indefinite: .* More labels"):
             request()
+    with pytest.raises(nm.errors.NotPositiveDefiniteError, match="draws with any damping"):
+        F.sample(1, damping=-2 * lowest)
     assert any("indefinite" in note for note in F.origin.notes)
 
 
@@ -350,6 +352,10 @@ def test_an_indefinite_matrix_gives_what_exists(
     assert_same(F.logdet(damping=damping), damped.logdet())
     assert_same((2 * F).eigenvalues(), 2 * values)
     assert_same((F + F).eigenvalues(), 2 * values)
+    exact = nm.fisher(mlp(), nm.Categorical(), randn(2, 4), structure, estimator=nm.Exact())
+    total = torch.linalg.eigvalsh(dense + exact.to_dense()).flip(0)
+    assert_same((F + exact).eigenvalues(), total)
+    assert_same((exact + F).eigenvalues(), total)
     names = ["0.weight", "2.bias"]
     part = F.restrict(names).to_dense()
     assert_same(F.restrict(names).eigenvalues(), torch.linalg.eigvalsh(part).flip(0))

@@ -53,6 +53,12 @@ def with_nan_parameter() -> nn.Module:
     return model
 
 
+def with_an_empty_parameter() -> nn.Module:
+    model = net()
+    model.register_parameter("nothing", nn.Parameter(torch.empty(0, 4)))
+    return model
+
+
 class Returns(nn.Module):
     """Gives its logits a form."""
 
@@ -124,6 +130,11 @@ class Doubled(nn.Module):
         (lambda: measure(model=Returns(lambda z: z.argmax(-1))), TypeError, r"floating-point out"),
         (lambda: measure(model=Returns(Tensor.mean)), ValueError, r"not their loss"),
         (lambda: measure(model=Returns(Tensor.detach)), CaptureError, r"detach its outputs\?"),
+        (
+            lambda: measure(model=with_an_empty_parameter()),
+            ValueError,
+            r"\['nothing'\] have no ent",
+        ),
         (lambda: measure(model=nn.Tanh()), ValueError, r"no trainable parameter.*requires_grad_"),
         (lambda: measure(model=Returns(lambda z: (0 * z).sqrt())), NonFiniteError, r"'linear"),
         (lambda: measure(model=torch.tanh), TypeError, r"model is e.g. a torch.nn.Module; got"),

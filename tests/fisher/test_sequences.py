@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import neuromanifold as nm
+from neuromanifold.capture import Batch
 from neuromanifold.testing import reference
 
 N, T, C = 3, 4, 5
@@ -364,6 +365,18 @@ def test_the_empirical_fisher_is_that_of_the_models_own_loss(name) -> None:
     F = measure(model, data, estimator=nm.Empirical())
     # The loss of this library of models is computed in float32.
     torch.testing.assert_close(F.to_dense(), g.T @ g / N, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_trainer_adds_for_the_loss_changes_nothing() -> None:
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(11, (4, 6))
+    batch = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(24)}
+    aligned = Batch.of(batch).aligned(model)
+    assert (aligned.targets[:, -1] == -100).all()
+    assert aligned.inputs.keys() == {"input_ids"}
 
 
 def test_labels_next_to_the_inputs_are_not_shifted() -> None:

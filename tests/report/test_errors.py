@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -219,3 +220,37 @@ def test_estimators_are_those_of_the_comparison(analysis: dict[str, Any]) -> Non
         assert stated_row["relative_error"] == pytest.approx(row.stderr.median)
     advice = analysis["estimators"]["advice"]
     assert [each["reason"] for each in advice] == [each.reason for each in comparison.advice]
+
+
+@pytest.mark.parametrize(("logit", "dtype"), [(95.0, torch.float32), (500.0, torch.float64)])
+def test_very_little_information_is_measured_like_any(logit: float, dtype: torch.dtype) -> None:
+    """Squares of its eigenvalues, and dampings far below them, are zero in these precisions."""
+    model = network()
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([logit, 0.0, 0.0]))
+    analysis = collect(model.to(dtype), nm.Categorical(), inputs().to(dtype), name="sure")
+    json.dumps(analysis, allow_nan=False)
+    assert analysis["trace"] > 0
+    if dtype == torch.float32:  # the square of the other is no number in double precision
+        assert analysis["stderr"]["max_learning_rate"] > 0
+    assert all(group["median_relative_error"] > 0.01 for group in analysis["diagonal"])
+    first, last = (analysis["effective_dimension"][i]["value"] for i in (0, -1))
+    assert 1 < first < N * 3
+    assert 0 < last < 1
+
+
+def test_a_distribution_without_an_exact_fisher_is_measured_from_labels() -> None:
+    laplace = nm.FromDistribution(
+        lambda f: torch.distributions.Independent(torch.distributions.Laplace(f, 1.0), 1)
+    )
+    analysis = collect(network(), laplace, inputs(), name="laplace")
+    assert analysis["estimator"].startswith("MonteCarlo")
+    assert analysis["stderr"]["trace"] > 0
+    assert any(
+        "has no exact form" in note and "by 10 for each" in note for note in analysis["notes"]
+    )
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="The batch has no samples"):
+        analysis_of(inputs(0))

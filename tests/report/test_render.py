@@ -354,6 +354,13 @@ def test_estimators_without_any_information(conv_net):
     assert "How sure is each" not in words(render([conv_net], title="Digits"))
 
 
+def test_estimators_that_are_off_in_a_layer_alone(conv_net):
+    for row in conv_net["estimators"]["rows"]:
+        if row["kind"] == "model":
+            row["relative_error"] = 0.0
+    assert "How sure is each" not in words(render([conv_net], title="Digits"))
+
+
 def test_an_analysis_without_errors_is_shown(conv_net):
     for part in (conv_net, conv_net["spectrum"], *conv_net["layers"], *conv_net["diagonal"]):
         del part["stderr"]

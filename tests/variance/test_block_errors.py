@@ -233,6 +233,7 @@ def test_one_sample_says_nothing_of_others() -> None:
     model, x = nn.Linear(3, 2).double(), torch.randn(1, 3, dtype=torch.float64)
     got = nm.variance.blocks(model, nm.Gaussian(), x)
     assert got.squared["data"] == {"": math.inf}
+    assert json.loads(json.dumps(got.to_dict(), allow_nan=False))["errors"]["data"] == {"": None}
     assert str(got).splitlines()[-1].startswith("(root) ")
     # A rank-two block with equal eigenvalues: (tr² + ‖I‖²) / ‖I‖² = 3.
     assert math.isclose(got.relative("labels")[""] ** 2, 3, rel_tol=RTOL)

@@ -256,6 +256,23 @@ def test_one_input_in_json_is_null() -> None:
     assert plain["rows"][0]["data"] == {"median": None, "high": None}
 
 
+def test_moments_from_labels_are_those_of_the_generator() -> None:
+    laplace = nm.FromDistribution(
+        lambda f: torch.distributions.Independent(torch.distributions.Laplace(f, 1.0), 1)
+    )
+
+    def errors(seed: int) -> list[nm.variance.Spread]:
+        generator = torch.Generator().manual_seed(seed)
+        found = nm.variance.compare(
+            *(mlp(), laplace, inputs()),
+            estimators=[nm.MonteCarlo(1)],
+            generator=generator,
+        )
+        return [row.draws for row in found.rows]
+
+    assert errors(0) == errors(0) != errors(1)
+
+
 def test_batches_of_an_iterator_are_each_read_once() -> None:
     x = inputs()
     whole = nm.variance.compare(mlp(), nm.Categorical(), x)

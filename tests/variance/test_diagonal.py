@@ -312,3 +312,12 @@ def test_any_likelihood_is_compared() -> None:
     for fn in (normal, lambda f: td.Categorical(logits=f)):
         table = nm.variance.compare(model, nm.FromDistribution(fn), x)
         assert len(table["all parameters"]) == 3
+
+
+def test_variances_that_the_precision_does_not_have_are_refused() -> None:
+    model, x = nn.Linear(4, 3, bias=False), 1e-12 * torch.randn(20, 4)
+    with pytest.raises(nm.errors.UnsupportedError, match=r"'weight'.*no number in torch.float32"):
+        nm.variance.diagonal(model, nm.Categorical(), x)
+    found = nm.variance.diagonal(model.double(), nm.Categorical(), x.double())
+    assert found.error("labels")["weight"].min() > 0
+    assert nm.variance.plan(model.float(), nm.Categorical(), x, rtol=0.3).inputs > 1

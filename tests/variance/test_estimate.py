@@ -444,6 +444,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "estimator": {"estimator": nm.RandomSigns(1)},
     "model": {"model": network(1)},
     "params": {"params": ["0.*"]},
+    "mode": {"model": network().eval()},
+    "forward": {"forward": lambda model, x: 2 * model(x)},
     "data": {"data": inputs(50, seed=1)},
 }
 
@@ -459,7 +461,7 @@ def test_a_file_of_another_request_is_refused(what: str, tmp_path: Path) -> None
     }
     nm.estimate(**asked, path=path)
     before = path.read_bytes()
-    with pytest.raises(nm.errors.StorageError, match=rf"another request.*{what}"):
+    with pytest.raises(nm.errors.StorageError, match=rf"another request.*'{what}'"):
         nm.estimate(**(asked | OTHERS[what]), path=path)
     assert path.read_bytes() == before
 
@@ -501,3 +503,18 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     asked = {"model": network(), "likelihood": nm.Categorical(), "data": inputs(8)}
     with pytest.raises(ValueError, match=message):
         nm.estimate(**(asked | arguments))
+
+
+def test_values_whose_squares_single_precision_does_not_have() -> None:
+    """A saturated classifier: all scores that are drawn are next to nothing, and none is zero."""
+    model = network().float()
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([95.0, 0.0, 0.0]))
+    found = nm.estimate(
+        *(model, nm.Categorical(), inputs(50).float(), "diagonal"),
+        rtol=0.3,
+        max_draws=8,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert found.value["2.bias"].dtype == torch.float32
+    assert all(bool((error > 0).any()) for error in found.stderr.values())

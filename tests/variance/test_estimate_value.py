@@ -83,6 +83,14 @@ def test_plain_data() -> None:
     assert (read["num_samples"], read["draws"]) == (10, 3)
 
 
+def test_what_json_does_not_have_is_null() -> None:
+    found = Estimate(torch.tensor([1.0, math.nan]), {"data": torch.tensor([math.inf, 4.0])})
+    read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert read["value"] == [1.0, None]
+    assert read["stderr"] == [None, 2.0]
+    assert read["errors"] == {"data": [None, 2.0]}
+
+
 def test_without_any_error() -> None:
     exact = Estimate(torch.tensor(3.0), {"data": torch.tensor(0.0)}, num_samples=5)
     assert str(exact) == "3 ± 0 (5 samples)"

@@ -98,6 +98,8 @@ def test_what_makes_no_sense_is_refused() -> None:
     F = gram(network(), inputs(5))
     with pytest.raises(nm.errors.UnsupportedError, match="a sum of several"):
         nm.variance.trace(F + F)
+    with pytest.raises(nm.errors.UnsupportedError, match=r"keeps none: measure it by .*Gram"):
+        nm.variance.trace(nm.fisher(network(), nm.Categorical(), inputs(5), nm.Dense()))
     with pytest.raises(ValueError, match=r"from 1 to 15.*got 16"):
         nm.variance.eigenvalues(F, 16)
     with pytest.raises(ValueError, match="damping must be > 0"):

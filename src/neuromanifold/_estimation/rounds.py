@@ -92,13 +92,8 @@ class Rounds:
 
     def _require_same_round(self) -> None:
         """Refuse files of processes of which one was stopped a round before another."""
-        source, rounds = self._source, self._state.rounds
-        if source.reducer is None or self._keep is None:
-            return
-        sums = torch.tensor([1, rounds, rounds**2], dtype=torch.float64, device=source.device)
-        source.reducer([sums])
-        processes, total, squares = sums.tolist()
-        if processes * squares != total**2:
+        rounds = self._state.rounds
+        if self._keep is not None and not self._source.same_everywhere(rounds):
             raise StorageError(
                 f"The files of the processes have different numbers of rounds, {rounds} here: "
                 f"they do not belong to one run, or it was stopped between two of them. Delete "
@@ -121,7 +116,7 @@ class Rounds:
                     drawing = self._source.estimator.random
                     verdict = goal.judge(found, self._state.rounds, drawing=drawing)
                     if verdict.done:
-                        return replace(found, reached=not verdict.note, note=verdict.note)
+                        return self._answer(found, verdict.note)
                     if self._per_round is not None:
                         ahead = math.ceil(verdict.rounds - self._state.rounds)
                         self._in_all = self._done + ahead * self._per_round
@@ -160,7 +155,14 @@ class Rounds:
         counted.reduce([partial])
         self._state = self._state.after_round(partial, counted.num_samples)
 
+    def _answer(self, found: Estimated, note: str) -> Estimated:
+        """In the precision of the measurement."""
+        value, _, _ = self._state.variances(self._draws)
+        rounded = self._numbers.named(value.to(self._source.dtype))
+        return replace(found, value=rounded, reached=not note, note=note)
+
     def _estimate(self) -> Estimated:
+        """In double precision: a square that single precision has not is no value of zero."""
         named = self._numbers.named
         value, data, drawn = self._state.variances(self._draws)
         variances = {"data": named(data)}
@@ -169,7 +171,7 @@ class Rounds:
             variances["probes" if signs else "labels"] = named(drawn)
         variances |= {name: named(variance) for name, variance in self._numbers.fixed.items()}
         return Estimated(
-            named(value.to(self._source.dtype)),
+            named(value),
             variances,
             num_samples=self._state.num_samples,
             draws=self._state.rounds * self._labels,

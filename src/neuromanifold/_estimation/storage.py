@@ -103,6 +103,8 @@ def fingerprint(
         "estimator": _written(source.estimator),
         "params": _digest(list(source.plan.layout.shapes.items())),
         "model": _digest(dict(chain(model.named_parameters(), model.named_buffers()))),
+        "mode": _digest([module.training for module in model.modules()]),
+        "forward": _written(source.forward),
         "data": None if data.shuffles else _digest(asdict(batch)),
         "vector": None if vector is None else _digest(source.plan.layout.rows(vector)[0]),
     }

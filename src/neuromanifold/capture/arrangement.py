@@ -199,6 +199,7 @@ def find(
         # Without positions folded in, the last one is the first one.
         several = len(fitting) - ("minor" in fitting and use.shape[0] == num_samples) > 1
         told_apart = num_samples == 1 or not several
-        conclusive = conclusive and told_apart and bool(g.any())
+        # NaN tells nothing.
+        conclusive = conclusive and told_apart and bool(g.any()) and bool(g.isfinite().all())
     found = {place: fitting[0] for place, fitting in candidates.items() if fitting}
     return found, conclusive

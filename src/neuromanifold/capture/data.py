@@ -24,6 +24,9 @@ TARGET_KEYS = ("labels", "targets", "target", "y")
 MASK_KEY = "attention_mask"
 """Key of a mapping under which 0 marks padded positions; it is passed to the model."""
 
+LOSS_KEYS = ("num_items_in_batch",)
+"""Keys that trainers add for the model's own loss, which is not asked for."""
+
 IGNORED_LABEL = -100
 """Label of positions that a model's own loss leaves out, where the library of models says so."""
 
@@ -82,7 +85,7 @@ class Batch:
             raise ValueError(
                 f"The batch has several target keys {keys}; keep one of {TARGET_KEYS}."
             )
-        inputs = {key: value for key, value in batch.items() if key not in keys}
+        inputs = {key: value for key, value in batch.items() if key not in (*keys, *LOSS_KEYS)}
         targets = batch[keys[0]] if keys else None
         mask = inputs.get(MASK_KEY)
         if targets is None and isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():

@@ -148,6 +148,7 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
     parameters = _selected(model, params)
     _refuse_lazy(parameters)
     _refuse_complex(parameters)
+    _refuse_empty(parameters)
     sites: dict[str, Site] = {}
     generic: dict[str, str] = {}
     for name, pieces in _pieces(model, parameters).items():
@@ -274,6 +275,15 @@ def _refuse_complex(parameters: dict[str, nn.Parameter]) -> None:
         raise UnsupportedError(
             f"Parameters {found} are complex; the Fisher information is over real numbers. Store "
             f"their real and imaginary parts (torch.view_as_real), or leave them out by params=..."
+        )
+
+
+def _refuse_empty(parameters: dict[str, nn.Parameter]) -> None:
+    found = [name for name, p in parameters.items() if not p.numel()]
+    if found:
+        raise ValueError(
+            f"Parameters {found} have no entries, so there is nothing to measure. Call "
+            f"requires_grad_(False) on them, or leave them out by params=..."
         )
 
 

@@ -72,7 +72,7 @@ def publish_estimate(
 ) -> None:
     """Print what was estimated to a tolerance: a row for each number that was asked for."""
     if as_json:
-        typer.echo(json.dumps(estimate.to_dict(), indent=2))
+        typer.echo(json.dumps(estimate.to_dict(), indent=2, allow_nan=False))
         return
     from neuromanifold._estimation import shares
 

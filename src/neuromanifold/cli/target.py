@@ -43,8 +43,10 @@ def training_target(target: str) -> Callable[[], tuple[nn.Module, Likelihood, An
         result = _called(function, target)
         test = None
         if isinstance(result, tuple) and len(result) == 4:
-            result, test = result[:3], result[3]
-        return *_checked(result, target, "[, test]"), test
+            *three, test = result
+            result = tuple(three)
+        model, likelihood, data = _checked(result, target, "[, test]")
+        return model, likelihood, data, test
 
     return load
 
@@ -114,9 +116,7 @@ def _function(module: ModuleType, name: str, file: str) -> Callable[[], Any]:
     return function
 
 
-def _checked(
-    result: object, target: str, more: str = ""
-) -> tuple[nn.Module, Likelihood, Any]:
+def _checked(result: object, target: str, more: str = "") -> tuple[nn.Module, Likelihood, Any]:
     wanted = f"{target} must return (model, likelihood, data{more})"
     if not isinstance(result, tuple) or len(result) != 3:
         size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""

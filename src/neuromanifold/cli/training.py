@@ -29,8 +29,8 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="NAME[:LR]",
-            help="kfac, ekfac, unitwise, quasidiagonal, diagonal, adamw or sgd, with a learning "
-            "rate of its own if you like. Several are compared (default: kfac).",
+            help="kfac, ekfac, unitwise, quasidiagonal, diagonal, gram, adamw or sgd, with a "
+            "learning rate of its own if you like. Several are compared (default: kfac).",
             show_default=False,
         ),
     ] = None,
@@ -128,8 +128,8 @@ def _table(result: Mapping[str, Any]) -> Table:
     )
     table.add_column("optimizer")
     several = len(result["seeds"]) > 1
-    columns = ["seed"] * several + ["steps", "seconds", "train loss", "test loss"]
-    columns += ["train\naccuracy", "test\naccuracy"]
+    columns = ["seed"] * several + ["steps", "seconds"]
+    columns += [f"{data}\n{what}" for what in ("loss", "accuracy") for data in ("train", "test")]
     for name in columns:
         table.add_column(name, justify="right")
     for run in result["runs"]:
@@ -138,7 +138,7 @@ def _table(result: Mapping[str, Any]) -> Table:
             *[str(run["seed"])] * several,
             f"{run['steps']:,}",
             f"{run['seconds']:.3g}",
-            *(_shown(run[name], ".4g") for name in ("train_loss", "test_loss")),
+            *(_shown(run[name], ".3g") for name in ("train_loss", "test_loss")),
             *(_shown(run[name], ".1%") for name in ("train_accuracy", "test_accuracy")),
         )
     return table

@@ -61,7 +61,7 @@ def _shifted(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return shifted, shift
 
 
-def cholesky(matrix: Tensor, damping: float) -> Tensor:
+def cholesky(matrix: Tensor, damping: float | Tensor) -> Tensor:
     """Lower Cholesky factor of `matrix + damping · I`.
 
     Raises:

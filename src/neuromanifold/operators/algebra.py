@@ -28,7 +28,7 @@ def add(left: FisherOperator, right: FisherOperator) -> FisherOperator:
             "Only Fisher matrices over the same parameters in the same order can be added; these "
             f"differ in {sorted(different) if different else 'their order'}."
         )
-    total = left._plus(right) or Sum([left, right], [1.0, 1.0])
+    total = left._plus(right) or right._plus(left) or Sum([left, right], [1.0, 1.0])
     total.origin = _joint_origin([left, right])
     total.coverage = left.coverage.joined(right.coverage)
     return total

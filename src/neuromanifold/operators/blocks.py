@@ -70,7 +70,7 @@ class BlockMatrix(ABC):
         """The sum, if it has the same kind."""
         return None
 
-    def solve(self, x: Tensor, damping: float) -> Tensor:
+    def solve(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """Damped inverse times vectors."""
         return self.function(lambda values: (values + damping).reciprocal_(), x)
 
@@ -106,7 +106,7 @@ class Matrices(BlockMatrix):
         moved = function(values)[..., None] * (vectors.mT @ self._columns(x))
         return self._vectors(vectors @ moved, x)
 
-    def solve(self, x: Tensor, damping: float) -> Tensor:
+    def solve(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """By Cholesky decomposition."""
         factor = psd.cholesky(self.matrices, damping)
         return self._vectors(torch.cholesky_solve(self._columns(x), factor), x)

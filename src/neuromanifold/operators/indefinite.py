@@ -38,16 +38,16 @@ class IndefiniteOperator(FisherOperator):
         return self._blocks._matmat(rows)
 
     def _function(self, function: psd.Function, rows: Tensor) -> Tensor:
-        self._require_above(0)
+        self._require_above(0, "roots, and draws with any damping, need it to be positive")
         return self._blocks._function(function, rows)
 
     def _solve(self, rows: Tensor, damping: float) -> Tensor:
-        self._require_above(damping)
+        self._require_above(damping, f"the damping, {damping:g}, does not outweigh it")
         return self._blocks._solve(rows, damping)
 
     def logdet(self, *, damping: float) -> Tensor:
         """`log det(F + damping · I)`, a scalar tensor, where that matrix is positive definite."""
-        self._require_above(damping)
+        self._require_above(damping, f"the damping, {damping:g}, does not outweigh it")
         return super().logdet(damping=damping)
 
     def _eigenvalues(self) -> Tensor:
@@ -58,15 +58,15 @@ class IndefiniteOperator(FisherOperator):
         values = torch.cat([_eigenvalues(matrix) for matrix in self._blocks.blocks])
         return values.sort(descending=True).values
 
-    def _require_above(self, damping: float) -> None:
+    def _require_above(self, damping: float, reason: str) -> None:
         """Refuse what does not exist, if an eigenvalue plus the damping is negative."""
         lowest = self._spectrum[-1]
         rounding = torch.finfo(self.dtype).eps * self._spectrum.abs().sum()
         if bool(lowest + damping < -rounding):
             raise NotPositiveDefiniteError(
                 f"This estimate of the Fisher matrix, by {self.origin.estimator}, is indefinite: "
-                f"its lowest eigenvalue is {lowest.item():.3g} nats/parameter², and the damping is "
-                f"{damping:g}. More labels or inputs bring it closer to the Fisher matrix, which "
+                f"its lowest eigenvalue is {lowest.item():.3g} nats/parameter², and {reason}. "
+                f"More labels or inputs bring it closer to the Fisher matrix, which "
                 f"is positive semi-definite; F.solve and F.logdet take a damping above "
                 f"{-lowest.item():.3g}; nm.Exact() and nm.MonteCarlo() are never indefinite."
             )

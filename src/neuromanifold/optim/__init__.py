@@ -1,13 +1,17 @@
 """Natural-gradient optimizers: the true Fisher matrix under the contract of `torch.optim`."""
 
 from neuromanifold.optim.damping import LevenbergMarquardt
+from neuromanifold.optim.exact import ExactNaturalGradient, gram
+from neuromanifold.optim.monitoring import Monitor, scalars
 from neuromanifold.optim.natural_gradient import NaturalGradient
 from neuromanifold.optim.preconditioner import Preconditioner
 from neuromanifold.optim.presets import Options, diagonal, ekfac, kfac, quasidiagonal, unitwise
-from neuromanifold.optim.monitoring import Monitor, scalars
+from neuromanifold.optim.residuals import GaussNewton
 from neuromanifold.optim.schedules import Schedule
 
 __all__ = [
+    "ExactNaturalGradient",
+    "GaussNewton",
     "LevenbergMarquardt",
     "Monitor",
     "NaturalGradient",
@@ -16,6 +20,7 @@ __all__ = [
     "Schedule",
     "diagonal",
     "ekfac",
+    "gram",
     "kfac",
     "quasidiagonal",
     "scalars",

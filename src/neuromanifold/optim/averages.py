@@ -7,6 +7,7 @@ measurement on, whatever the sizes of the batches: bias correction is the divisi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -43,7 +44,12 @@ class RunningSums:
         for name, new in sums.items():
             old = self.sums.get(name)
             if old is None or _shapes(old) != _shapes(new):
-                self.sums[name] = {key: value.to(_summed(value)) for key, value in new.items()}
+                # Numbers of uses, which are whole at first, decay as precisely as what they divide.
+                dtype = _widest(new)
+                self.sums[name] = {
+                    key: value if value.is_floating_point() else value.to(dtype)
+                    for key, value in new.items()
+                }
                 self.counts[name] = float(count)
                 continue
             for key, value in new.items():
@@ -72,5 +78,6 @@ def _shapes(statistics: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in statistics.items()}
 
 
-def _summed(value: Tensor) -> torch.dtype:
-    return value.dtype if value.is_floating_point() else torch.float32
+def _widest(statistics: Mapping[str, Tensor]) -> torch.dtype:
+    floating = (value.dtype for value in statistics.values() if value.is_floating_point())
+    return reduce(torch.promote_types, floating, torch.float32)

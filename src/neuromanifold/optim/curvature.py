@@ -58,6 +58,10 @@ class Curvature:
         self.averages.add(sums, source.normaliser, decay)
 
     def matrices(self, blocks: Sequence[Block]) -> list[BlockMatrix]:
+        """What is inverted, one matrix per block."""
+        return self.averages_of(blocks)
+
+    def averages_of(self, blocks: Sequence[Block]) -> list[BlockMatrix]:
         """The average, one matrix per block."""
         return [self._assemble(block) for block in blocks]
 

@@ -7,20 +7,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neuromanifold._fisher import fisher
 from neuromanifold._typing import Params
-from neuromanifold.capture import Forward, unwrap
+from neuromanifold.capture import Batch, Forward, unwrap
 from neuromanifold.errors import CaptureError, NonFiniteError, UnsupportedError
 from neuromanifold.estimators import Estimator, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
+from neuromanifold.linalg import psd
 from neuromanifold.operators import FisherOperator
 from neuromanifold.optim.one_group import OneGroup
-from neuromanifold.optim.preconditioner import _as_inputs, _Observer, _running_statistics
 from neuromanifold.optim.residuals import GaussNewton
 from neuromanifold.optim.schedules import Number, at_step
+from neuromanifold.optim.watch import Observer, as_batch, is_data_parallel, undisturbed
 from neuromanifold.structures import Gram
+from neuromanifold.structures.gram import GramOperator
 
 __all__ = ["ExactNaturalGradient", "gram"]
 
@@ -35,8 +37,9 @@ class ExactNaturalGradient(OneGroup):
     with the last step δ' (SPRING: Goldshlager, Abrahamsen and Lin, arXiv 2401.10190): where this
     batch says nothing, what earlier ones said is kept. F is that of the inputs that the model was
     called with since the step before, in training mode with gradients enabled, several calls
-    included; it is solved in the space of samples, at a cost of `(samples × sweeps)³`. Batches are
-    normalised with their running statistics while F is measured.
+    included. It is solved in the space of samples, at a cost of `(samples × sweeps)³`, or in that
+    of parameters if they are fewer. Batches are normalised with their running statistics while F
+    is measured.
 
     Where `½ δᵀ F δ`, the KL divergence in nats per sample that δ would bring about, is over
     `kl_max`, it is shortened to that. A step with NaN or infinity is left out, and counted.
@@ -46,7 +49,9 @@ class ExactNaturalGradient(OneGroup):
         likelihood: what its outputs mean.
         lr: of all of δ.
         momentum: weight of the last step, in [0, 1).
-        damping: in nats/parameter², positive; a number, or a function of the step.
+        damping: in nats/parameter², positive; a number, or a function of the step. With sampled
+            labels it must not be small: where F of the batch vanishes but the gradient does not,
+            the step is g/damping. With `nm.Exact()` the gradient lies where F does not vanish.
         kl_max: nats per sample; None for no limit.
         weight_decay: weights shrink by `lr · weight_decay`.
         estimator: which vectors go back; one sampled label per input by default. `nm.Exact()` for
@@ -61,7 +66,7 @@ class ExactNaturalGradient(OneGroup):
 
     Raises:
         ValueError: If a number makes no sense.
-        UnsupportedError: For a model that is distributed over processes.
+        UnsupportedError: When a model is called that is distributed over processes.
 
     Example:
         >>> import torch, neuromanifold as nm
@@ -83,8 +88,8 @@ class ExactNaturalGradient(OneGroup):
         *,
         lr: float = 0.5,
         momentum: float = 0.9,
-        damping: Number = 1e-3,
-        kl_max: float | None = 1.0,
+        damping: Number = 0.1,
+        kl_max: float | None = 1e-2,
         weight_decay: float = 0.0,
         estimator: Estimator | None = None,
         forward: Forward | None = None,
@@ -92,11 +97,6 @@ class ExactNaturalGradient(OneGroup):
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise UnsupportedError(
-                "The exact Fisher matrix of a batch that lies on several processes is not "
-                "supported. Use nm.optim.kfac, which sums over processes."
-            )
         if not (callable(damping) or damping > 0):
             raise ValueError(
                 f"damping is a positive number in nats/parameter², or a function of the step; "
@@ -117,7 +117,7 @@ class ExactNaturalGradient(OneGroup):
         self.generator = generator
         self.steps = 0
         self.kl = 0.0
-        self._batches: list[Any] = []
+        self._batches: list[Batch] = []
         self._measuring = False
         defaults = {"lr": lr, "momentum": momentum, "kl_max": kl_max, "weight_decay": weight_decay}
         super().__init__(
@@ -126,15 +126,22 @@ class ExactNaturalGradient(OneGroup):
         self._watch(model)
 
     def _watch(self, model: nn.Module) -> None:
-        self._hook = model.register_forward_pre_hook(_Observer(self), with_kwargs=True)
+        self._watched = model
+        self._hook = model.register_forward_pre_hook(Observer(self._called), with_kwargs=True)
 
-    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is about to be called."""
-        if not self._measuring and self.model.training and torch.is_grad_enabled():
-            self._batches.append(_as_inputs(self.model, args, kwargs))
+        if self._measuring or not (self.model.training and torch.is_grad_enabled()):
+            return
+        if is_data_parallel(self._watched):
+            raise UnsupportedError(
+                "The exact Fisher matrix of a batch that lies on several processes is not "
+                "supported. Use nm.optim.kfac, which sums over processes."
+            )
+        self._batches.append(as_batch(self.model, args, kwargs))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 
         Args:
@@ -170,14 +177,14 @@ class ExactNaturalGradient(OneGroup):
                 "the optimizer, pass what you call."
             )
 
-    def _measured(self, batches: list[Any], gradients: Params) -> FisherOperator:
+    def _measured(self, batches: list[Batch], gradients: Params) -> FisherOperator:
         self._measuring = True
         try:
-            with _running_statistics(self.model):
+            with undisturbed(self.model):
                 return fisher(
                     self.model,
                     self.likelihood,
-                    batches[0] if len(batches) == 1 else batches,
+                    batches,
                     Gram(),
                     estimator=self.estimator,
                     params=list(gradients),
@@ -194,7 +201,7 @@ class ExactNaturalGradient(OneGroup):
         last = layout.flatten({name: self._last_step(p) for name, p in params.items()})
         start = group["momentum"] * last.to(matrix.dtype)
         slope = layout.flatten(gradients).to(matrix.dtype) + matrix @ start
-        step = start - matrix.solve(slope, damping=at_step(self.damping, self.steps))
+        step = start - _solve(matrix, slope, at_step(self.damping, self.steps))
         kl = float(matrix.inner(step, step)) / 2
         if not math.isfinite(kl):
             raise NonFiniteError("The step holds NaN or infinity.")
@@ -203,9 +210,9 @@ class ExactNaturalGradient(OneGroup):
         self.kl = kl * (scale * group["lr"]) ** 2
         for name, moved in layout.unflatten(step).items():
             p = params[name]
-            self.state[p]["step"] = moved.to(p.dtype)
+            self.state[p]["last"] = moved.to(p.dtype)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(self.state[p]["step"], alpha=group["lr"] * scale)
+            p.add_(self.state[p]["last"], alpha=group["lr"] * scale)
 
     # ---- state -----------------------------------------------------------------------------
 
@@ -218,15 +225,26 @@ class ExactNaturalGradient(OneGroup):
 
     def __getstate__(self) -> dict[str, Any]:
         names = (
-            "model", "likelihood", "damping", "estimator", "forward", "generator", "steps", "kl",
-            "skipped",
-        )  # fmt: skip
+            *("model", "likelihood", "damping", "estimator", "forward", "generator"),
+            *("steps", "kl", "skipped", "_watched"),
+        )
         own = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **own, "_batches": [], "_measuring": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watch(self.model)
+        if "_watched" not in state:  # not a copy, but a part of load_state_dict
+            return
+        self._watch(self._watched)
+
+
+def _solve(matrix: FisherOperator, v: Tensor, damping: float) -> Tensor:
+    """`(F + damping)⁻¹ v`, by samples or by parameters, whichever are fewer."""
+    assert isinstance(matrix, GramOperator)
+    if matrix.num_rows < matrix.num_parameters:
+        return matrix.solve(v, damping=damping)
+    factor = psd.cholesky(matrix.to_dense(), damping)
+    return torch.cholesky_solve(v[:, None], factor)[:, 0]
 
 
 @overload

@@ -17,7 +17,7 @@ from neuromanifold.structures.diagonal import DiagonalMatrix
 from neuromanifold.structures.eigenkronecker import EigenKroneckerMatrix, in_eigenbasis
 from neuromanifold.structures.kronecker import KroneckerMatrix
 
-__all__ = ["Inverse", "from_state", "inverses", "precondition", "to_state"]
+__all__ = ["Inverse", "dampings", "from_state", "inverses", "precondition", "to_state"]
 
 
 class Inverse(Protocol):
@@ -27,20 +27,23 @@ class Inverse(Protocol):
     def block(self) -> Block:
         """Whose inverse this is."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its numbers."""
-
     def matmul(self, x: Tensor) -> Tensor:
         """Times vectors `(R, G, O, I)`."""
 
 
-def inverses(matrices: Sequence[BlockMatrix], damping: float, *, split: bool) -> list[Inverse]:
+def dampings(matrices: Sequence[BlockMatrix], damping: float, relative: float) -> list[Tensor]:
+    """What is added to each block: `damping` and `relative` times its mean eigenvalue."""
+    return [damping + relative * matrix.diagonal().mean() for matrix in matrices]
+
+
+def inverses(
+    matrices: Sequence[BlockMatrix], added: Sequence[Tensor], *, split: bool
+) -> list[Inverse]:
     """The damped inverse of each block.
 
     Args:
         matrices: one per block.
-        damping: in nats/parameter², positive.
+        added: to each, in nats/parameter², positive scalars.
         split: damp the two factors of a Kronecker product each by itself, by `π√damping` and
             `√damping/π` with `π² = mean eigenvalue of the inputs / of the outputs`: their inverses
             are Kronecker factors again, so that a step takes half the products and no
@@ -54,7 +57,7 @@ def inverses(matrices: Sequence[BlockMatrix], damping: float, *, split: bool) ->
         _by_factors(matrix, damping)
         if split and isinstance(matrix, KroneckerMatrix)
         else _inverse(matrix, damping)
-        for matrix in matrices
+        for matrix, damping in zip(matrices, added, strict=True)
     ]
 
 
@@ -63,7 +66,7 @@ class _Solve:
     """For matrices whose solve is as cheap as a product."""
 
     matrix: BlockMatrix
-    damping: float
+    damping: Tensor
 
     @property
     def block(self) -> Block:
@@ -74,40 +77,41 @@ class _Solve:
 
 
 @singledispatch
-def _inverse(matrix: BlockMatrix, damping: float) -> Inverse:
+def _inverse(matrix: BlockMatrix, damping: Tensor) -> Inverse:
     return _Solve(matrix, damping)
 
 
 @_inverse.register
-def _(matrix: DiagonalMatrix, damping: float) -> Inverse:
+def _(matrix: DiagonalMatrix, damping: Tensor) -> Inverse:
     return DiagonalMatrix(matrix.block, (matrix.values + damping).reciprocal_())
 
 
 @_inverse.register
-def _(matrix: Matrices, damping: float) -> Inverse:
+def _(matrix: Matrices, damping: Tensor) -> Inverse:
     return Matrices(matrix.block, _of_matrices(matrix.matrices, damping))
 
 
 @_inverse.register
-def _(matrix: EigenKroneckerMatrix, damping: float) -> Inverse:
+def _(matrix: EigenKroneckerMatrix, damping: Tensor) -> Inverse:
     moments = (matrix.moments + damping).reciprocal_()
-    return EigenKroneckerMatrix(matrix.block, moments, matrix.outputs, matrix.inputs)
+    bases = (None if q is None else _aligned(q) for q in (matrix.outputs, matrix.inputs))
+    return EigenKroneckerMatrix(matrix.block, moments, *bases)
 
 
 @_inverse.register
-def _(matrix: KroneckerMatrix, damping: float) -> Inverse:
+def _(matrix: KroneckerMatrix, damping: Tensor) -> Inverse:
     return _inverse(in_eigenbasis(matrix), damping)
 
 
-def _by_factors(matrix: KroneckerMatrix, damping: float) -> KroneckerMatrix:
+def _by_factors(matrix: KroneckerMatrix, damping: Tensor) -> KroneckerMatrix:
     """Each factor damped by itself."""
     of_inputs, of_outputs = _mean_eigenvalue(matrix.inputs), _mean_eigenvalue(matrix.outputs)
     pi = (of_inputs / of_outputs).sqrt()  # (G,)
     # Without information on one side, that of the other is damped by itself.
     pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
     root = damping**0.5
-    inputs = _of_factor(matrix.inputs, pi * root)
-    return KroneckerMatrix(matrix.block, inputs, _of_factor(matrix.outputs, root / pi))
+    inputs = _aligned(_of_factor(matrix.inputs, pi * root))
+    return KroneckerMatrix(matrix.block, inputs, _aligned(_of_factor(matrix.outputs, root / pi)))
 
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:
@@ -136,10 +140,78 @@ def _of_matrices(matrices: Tensor, damping: float | Tensor) -> Tensor:
     return inverse
 
 
-def to_state(inverse: Inverse) -> dict[str, Any]:
-    """Plain numbers and tensors."""
+def precondition(inverse: Inverse, gradients: Params) -> Params:
+    """Times the gradients of all parameters of the block, by name."""
+    block = inverse.block
+    # One copy joins the parameters, casts them and aligns their rows.
+    joined = psd.aligned_empty(_some_numbers(inverse), 1, *block.shape)
+    parts = joined.split([slot.columns for slot in block.slots], dim=-1)
+    for slot, part in zip(block.slots, parts, strict=True):
+        columns = gradients[slot.parameter].reshape(slot.view).permute(slot.order)
+        part.copy_(columns.reshape(part.shape))
+    return block.divide(_times(inverse, joined), gradients)
+
+
+# ---- products: a bias makes widths odd, so rows that start on cache lines save a fifth -----------
+
+
+@singledispatch
+def _times(inverse: Inverse, x: Tensor) -> Tensor:
+    """Times one vector `(1, G, O, I)`, which may be written over."""
+    return inverse.matmul(x)
+
+
+@_times.register
+def _(inverse: KroneckerMatrix, x: Tensor) -> Tensor:
+    x = _along_outputs(inverse.outputs, x[0])
+    return _along_inputs(inverse.inputs, x)[None]
+
+
+@_times.register
+def _(inverse: EigenKroneckerMatrix, x: Tensor) -> Tensor:
+    outputs, inputs = inverse.outputs, inverse.inputs
+    x = x[0] if outputs is None else _along_outputs(outputs.mT, x[0])
+    x = x if inputs is None else _along_inputs(inputs, x)
+    x = x.mul_(inverse.moments)
+    x = x if inputs is None else _along_inputs(inputs.mT, x)
+    return (x if outputs is None else _along_outputs(outputs, x))[None]
+
+
+def _along_outputs(factor: Tensor, x: Tensor) -> Tensor:
+    """A factor `(G, O, O)`, or its diagonal, times `(G, O, I)`."""
+    if factor.ndim == 2:
+        return factor[..., None] * x
+    return psd.product(factor, x, psd.aligned_empty(x, *x.shape))
+
+
+def _along_inputs(factor: Tensor, x: Tensor) -> Tensor:
+    """`(G, O, I)` times a symmetric factor, or a basis, `(G, I, I)`; or times a diagonal."""
+    if factor.ndim == 2:
+        return x * factor[:, None]
+    return psd.product(x, factor, psd.aligned_empty(x, *x.shape))
+
+
+def _aligned(factor: Tensor) -> Tensor:
+    """A copy whose rows start on cache lines."""
+    return psd.aligned_empty(factor, *factor.shape).zero_().copy_(factor)
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+def _some_numbers(inverse: Inverse) -> Tensor:
+    return next(iter(_matrix(inverse).tensors().values()))
+
+
+def _matrix(inverse: Inverse) -> BlockMatrix:
     matrix = inverse.matrix if isinstance(inverse, _Solve) else inverse
     assert isinstance(matrix, BlockMatrix)
+    return matrix
+
+
+def to_state(inverse: Inverse) -> dict[str, Any]:
+    """Plain numbers and tensors."""
+    matrix = _matrix(inverse)
     return {
         "kind": matrix.kind,
         "block": matrix.block.to_dict(),
@@ -150,6 +222,13 @@ def to_state(inverse: Inverse) -> dict[str, Any]:
 
 def from_state(entry: Mapping[str, Any], device: torch.device) -> Inverse:
     """The inverse of `to_state`."""
-    tensors = {name: value.to(device, copy=True) for name, value in entry["tensors"].items()}
+    tensors = {
+        # In the same places of memory as before, so that products round the same.
+        name: _aligned(value.to(device)) if name in _FACTORS else value.to(device, copy=True)
+        for name, value in entry["tensors"].items()
+    }
     matrix = BlockMatrix.kinds[entry["kind"]](Block.from_dict(entry["block"]), **tensors)
     return matrix if entry["damping"] is None else _Solve(matrix, entry["damping"])
+
+
+_FACTORS = ("inputs", "outputs")

@@ -61,7 +61,7 @@ def jacobian_by_rows(closure: Closure, params: Params, layout: Layout) -> Jacobi
     Raises:
         MixedRowsError: If rows of a layer feed several residuals, or parameters with more than
             `MOST_COLUMNS` numbers are used by other functions than `torch.nn.functional.linear`.
-        NonFiniteError: If a residual is NaN or infinite.
+        NonFiniteError: If a residual or a derivative is NaN or infinite.
     """
     tape = _Tape(params)
     with torch.enable_grad(), _Recording(tape):
@@ -90,14 +90,14 @@ def _by_rows(tape: _Tape, residuals: Tensor, params: Params, layout: Layout) -> 
         found = _columns(tape, residuals, {name: params[name] for name in columns})
         for name, column in found.items():
             matrix[:, layout.slices[name]] += column
-    return matrix
+    return _finite(matrix)
 
 
 def jacobian_by_passes(closure: Closure, params: Params, layout: Layout) -> Jacobian:
     """Call the closure once, and go back once for each residual, many at a time.
 
     Raises:
-        NonFiniteError: If a residual is NaN or infinite.
+        NonFiniteError: If a residual or a derivative is NaN or infinite.
     """
     with torch.enable_grad():
         residuals = checked(closure())
@@ -119,7 +119,7 @@ def jacobian_by_passes(closure: Closure, params: Params, layout: Layout) -> Jaco
         for columns, g in zip(layout.slices.values(), found, strict=True):
             if g is not None:
                 matrix[start:stop, columns] = g.reshape(stop - start, -1)
-    return Jacobian(residuals.detach(), matrix)
+    return Jacobian(residuals.detach(), _finite(matrix))
 
 
 def checked(residuals: Any) -> Tensor:
@@ -149,6 +149,16 @@ def checked(residuals: Any) -> Tensor:
         if bad:
             raise NonFiniteError(f"{bad} of {len(residuals)} residuals are NaN or infinite.")
     return residuals
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    if not bool(torch.isfinite(matrix.sum())):
+        raise _not_finite()
+    return matrix
+
+
+def _not_finite() -> NonFiniteError:
+    return NonFiniteError("A derivative of the residuals is NaN or infinite.")
 
 
 def _empty(residuals: Tensor, layout: Layout) -> Tensor:
@@ -237,7 +247,8 @@ class _Tape:
             )
         finally:
             self.sweeping = False
-        found, self.records = self.records, {}
+        found = {key: record for key, record in self.records.items() if len(record.cotangent)}
+        self.records = {}
         return found, outside
 
     @contextmanager
@@ -384,6 +395,8 @@ def _owners(tape: _Tape, residuals: Tensor, first: dict[int, _Record]) -> dict[i
             if sweep == 0:
                 owners[key] = _nearest(one, other, factors.to(residuals), order.to(one.device))
             size = one.abs().amax(dim=1)
+            if not bool(torch.isfinite(size.max())):
+                raise _not_finite()
             error = (other - of_residual[owners[key], None] * one).abs().amax(dim=1)
             shared |= ~(error <= eps**0.6 * size + 100 * eps * size.max()).all()
         if bool(shared):
@@ -393,8 +406,8 @@ def _owners(tape: _Tape, residuals: Tensor, first: dict[int, _Record]) -> dict[i
 
 def _nearest(one: Tensor, other: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Which factor, of some in ascending order, leads from one to other rows `(B, O)`."""
-    squares = one.square().sum(dim=1)
-    ratios = (one * other).sum(dim=1) / squares.clamp(min=torch.finfo(one.dtype).tiny)
+    units = one / one.norm(dim=1, keepdim=True).clamp(min=torch.finfo(one.dtype).tiny)
+    ratios = (units * other).sum(dim=1) / (units * one).sum(dim=1)
     middles = (factors[1:] + factors[:-1]) / 2
     return order[torch.bucketize(ratios, middles)]
 

@@ -15,6 +15,7 @@ from neuromanifold._typing import Params
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.operators import BlockMatrix
 from neuromanifold.optim.damping import LevenbergMarquardt
+from neuromanifold.optim.exact import ExactNaturalGradient
 from neuromanifold.optim.natural_gradient import NaturalGradient
 from neuromanifold.optim.schedules import at_step
 
@@ -23,18 +24,20 @@ __all__ = ["Monitor", "scalars"]
 Write: TypeAlias = Callable[[int, dict[str, float]], Any]
 """`write(step, scalars)`."""
 
+Watched: TypeAlias = NaturalGradient | ExactNaturalGradient
+
 ITERATIONS = 12
 """Of the power method: the eigenvalue is rarely off by more than a few percent then."""
 
 
-def scalars(optimizer: NaturalGradient, moved: Params | None = None) -> dict[str, float]:
+def scalars(optimizer: Watched, moved: Params | None = None) -> dict[str, float]:
     """What the optimizer knows now.
 
     Copies from the device once; the eigenvalues cost as much as a dozen steps' products with the
     layers' matrices. `Monitor` does this every so many steps, and finds `moved` by itself.
 
     Args:
-        optimizer: any natural-gradient optimizer.
+        optimizer: of any preset but `nm.optim.gram` for residuals.
         moved: by how much the last step moved parameters, by name.
 
     Returns:
@@ -47,8 +50,11 @@ def scalars(optimizer: NaturalGradient, moved: Params | None = None) -> dict[str
           damping adapts itself, once it did.
         * `trace/LAYER`, `top_eigenvalue/LAYER`: of the averaged Fisher matrix, nats/parameter²;
           the eigenvalue by a few power iterations, from below. Once measured.
-        * `kl`: `½ δᵀ F δ` with that matrix for the step δ = `moved`, in nats per sample and
-          position, as `kl_max` is. If `moved` is given and something was measured.
+        * `kl`: `½ δᵀ F δ` with that matrix for the step δ = `moved`, in nats per position (or
+          sample), as `kl_max` is. If `moved` is given and something was measured.
+
+        Of `nm.optim.gram`, which keeps no matrix: `damping`, `skipped`, and `kl` of the last step,
+        by the exact matrix of its batch.
 
     Raises:
         TypeError: If it is another kind of optimizer.
@@ -64,11 +70,21 @@ def scalars(optimizer: NaturalGradient, moved: Params | None = None) -> dict[str
         >>> sorted(scalars(opt))[4:]
         ['top_eigenvalue/0', 'trace/0']
     """
-    if not isinstance(optimizer, NaturalGradient):
-        raise TypeError(
-            f"These numbers are those of a natural-gradient optimizer, such as nm.optim.kfac "
-            f"makes; got {type(optimizer).__name__}."
-        )
+    if isinstance(optimizer, ExactNaturalGradient):
+        return {
+            "damping": at_step(optimizer.damping, optimizer.steps),
+            "skipped": float(optimizer.skipped),
+            "kl": optimizer.kl,
+        }
+    if isinstance(optimizer, NaturalGradient):
+        return _of_averages(optimizer, moved)
+    raise TypeError(
+        f"These numbers are those of a natural-gradient optimizer, such as nm.optim.kfac "
+        f"makes; got {type(optimizer).__name__}."
+    )
+
+
+def _of_averages(optimizer: NaturalGradient, moved: Params | None) -> dict[str, float]:
     pre = optimizer.preconditioner
     found = {
         "damping": at_step(pre.damping, pre.step),
@@ -78,22 +94,11 @@ def scalars(optimizer: NaturalGradient, moved: Params | None = None) -> dict[str
     }
     if isinstance(pre.damping, LevenbergMarquardt) and not math.isnan(pre.damping.ratio):
         found["reduction_ratio"] = pre.damping.ratio
-    return found | _of_matrices(_averaged(optimizer), moved, pre.positions)
-
-
-def _averaged(optimizer: NaturalGradient) -> list[BlockMatrix]:
-    """The averaged Fisher matrix by block; none before the first measurement."""
-    pre = optimizer.preconditioner
-    if pre._plan is None:
-        return []
-    measured = pre._curvature.averages.sums
-    return [pre._curvature._assemble(b) for b in pre._plan.blocks if b.name in measured]
+    return found | _of_matrices(pre.measured(), moved)
 
 
 @torch.no_grad()
-def _of_matrices(
-    matrices: list[BlockMatrix], moved: Params | None, positions: float
-) -> dict[str, float]:
+def _of_matrices(matrices: list[BlockMatrix], moved: Params | None) -> dict[str, float]:
     if not matrices:
         return {}
     numbers: dict[str, Tensor] = {}
@@ -105,7 +110,7 @@ def _of_matrices(
         numbers[f"top_eigenvalue/{name}"] = _top_eigenvalue(matrix, diagonal)
         if moved is not None and all(part in moved for part in matrix.block.parameters):
             step = matrix.block.join(moved).to(diagonal.dtype)
-            kl.append((step * matrix.matmul(step)).sum() / (2 * positions))
+            kl.append((step * matrix.matmul(step)).sum() / 2)
     if kl:
         numbers["kl"] = torch.stack(kl).sum()
     values = torch.stack([number.double() for number in numbers.values()]).tolist()
@@ -137,7 +142,8 @@ class Monitor:
     of `scalars`:
 
     * `lr`: of the first group.
-    * `curvature_share`: of the time since the last writing, what curvature took, in [0, 1].
+    * `curvature_share`: of the time since the last writing, what measuring and inverting curvature
+      took, in [0, 1]; not of `nm.optim.gram`, which does it within the step.
 
     Args:
         optimizer: whose steps are watched, from now on.
@@ -166,7 +172,7 @@ class Monitor:
 
     def __init__(
         self,
-        optimizer: NaturalGradient,
+        optimizer: Watched,
         write: Any,
         *,
         every: int = 10,
@@ -180,7 +186,8 @@ class Monitor:
         self._write = _writer(write, prefix)
         self.seconds = 0.0
         """Spent on watching."""
-        self._before: Params | None = None
+        self._before: Params = {}
+        self._due = False
         self._restart()
         self._hooks = (
             optimizer.register_step_pre_hook(self._about_to_step),
@@ -188,33 +195,50 @@ class Monitor:
         )
 
     def _restart(self) -> None:
-        self._since = time.perf_counter(), self.optimizer.preconditioner.seconds
+        self._since = time.perf_counter(), self._spent
+
+    @property
+    def _spent(self) -> float | None:
+        """Seconds on curvature; None if the optimizer does not say."""
+        if isinstance(self.optimizer, NaturalGradient):
+            return self.optimizer.preconditioner.seconds
+        return None
+
+    @property
+    def _steps(self) -> int:
+        """Done by the optimizer, also before it was watched."""
+        if isinstance(self.optimizer, NaturalGradient):
+            return self.optimizer.preconditioner.step
+        return self.optimizer.steps
 
     def _about_to_step(self, *_: Any) -> None:
-        step = self.optimizer.preconditioner.step + 1
-        if step == 1 or step % self.every == 0:
+        step = self._steps + 1
+        self._due = step == 1 or step % self.every == 0
+        if self._due and isinstance(self.optimizer, NaturalGradient):
             began = time.perf_counter()
-            self._before = {name: p.detach().clone() for name, p in self._parameters()}
+            model = self.optimizer.preconditioner.model
+            self._before = {name: p.detach().clone() for name, p in model.named_parameters()}
             self.seconds += time.perf_counter() - began
 
-    def _parameters(self) -> list[tuple[str, Tensor]]:
-        return list(self.optimizer.preconditioner.model.named_parameters())
-
     def _stepped(self, *_: Any) -> None:
-        if self._before is None:
+        if not self._due:
             return
-        now = time.perf_counter()
-        moved = {name: p.detach() - self._before[name] for name, p in self._parameters()}
-        self._before = None
-        pre, (began, spent) = self.optimizer.preconditioner, self._since
-        found = {
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "curvature_share": (pre.seconds - spent) / (now - began),
-            **scalars(self.optimizer, moved),
-        }
-        self._write(pre.step, found)
+        now, (began, before) = time.perf_counter(), self._since
+        found = {"lr": float(self.optimizer.param_groups[0]["lr"])}
+        if before is not None and self._spent is not None:
+            found["curvature_share"] = (self._spent - before) / (now - began)
+        found |= scalars(self.optimizer, self._moved())
+        self._write(self._steps, found)
         self.seconds += time.perf_counter() - now
         self._restart()
+
+    def _moved(self) -> Params | None:
+        """By how much parameters moved in this step."""
+        if not isinstance(self.optimizer, NaturalGradient):
+            return None
+        before, self._before = self._before, {}
+        model = self.optimizer.preconditioner.model
+        return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
     def close(self) -> None:
         """Watch the optimizer no longer."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from neuromanifold._typing import Params
 from neuromanifold.errors import CaptureError, listed
+from neuromanifold.optim.adamw import adamw_step
 from neuromanifold.optim.damping import LevenbergMarquardt
 from neuromanifold.optim.preconditioner import Preconditioner
 from neuromanifold.optim.quadratic import Quadratic
@@ -19,6 +19,9 @@ from neuromanifold.optim.quadratic import Quadratic
 __all__ = ["NaturalGradient"]
 
 Group = dict[str, Any]
+Step = tuple[Tensor, Tensor]
+"""A direction, and a number to multiply it by."""
+Steps = dict[str, Step]
 
 CURVATURE = "preconditioner"
 """Key of a state dict."""
@@ -30,10 +33,10 @@ class NaturalGradient(torch.optim.Optimizer):
     """Steps along `(F + damping)⁻¹ g`, limited in the change of the model's distributions.
 
     With the natural gradient d, a step is `lr · d`. Where `½ dᵀ F d`, the KL divergence in nats per
-    sample and position that all of d would bring about, is over `kl_max`, d is shortened to that;
-    the step of one learning rate is then at most `lr² · kl_max`. Momentum is the weighted mean of
-    the directions of earlier steps, so that it obeys the same limit. Weight decay shrinks weights
-    by `lr · weight_decay`, apart from the direction.
+    position that all of d would bring about, is over `kl_max`, d is shortened to that; a step then
+    changes the distributions by `lr² · kl_max` at most. Momentum is the weighted mean of the
+    directions of earlier steps, so that it obeys the same limit. Weight decay shrinks weights by
+    `lr · weight_decay`, apart from the direction.
 
     Parameters that no layer rule reads, and those of groups with `curvature=False`, follow AdamW
     with `adamw_lr`, scaled as the schedule scales `lr`.
@@ -47,7 +50,8 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: of all of d; 1 is a Newton step.
         momentum: weight of earlier directions, in [0, 1).
         weight_decay: per unit of lr.
-        kl_max: nats per sample and position; None for no limit.
+        kl_max: nats per position (or per sample, as the preconditioner's `per` says); None for no
+            limit.
         adamw_lr: learning rate of parameters that follow AdamW, while lr is what it was at first.
         line: choose the lengths of d and of the last step that minimise the quadratic model of the
             loss, with the exact Fisher matrix of the batch, instead of lr and momentum. Two
@@ -92,9 +96,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 "graph of the loss. Leave it out."
             )
         self.preconditioner = preconditioner
-        self._names: dict[Tensor, str] = {
-            p: name for name, p in preconditioner.model.named_parameters()
-        }
+        self._names: dict[Tensor, str] = {}
         self.line = line
         self._skipped: Tensor | int = 0
         defaults = {
@@ -111,6 +113,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; options that are left out have the values the optimizer was made with."""
         super().add_param_group(param_group)
+        # Anew, because the model may have more layers now.
+        self._names = {p: name for name, p in self.preconditioner.model.named_parameters()}
         group = self.param_groups[-1]
         try:
             self._check(group)
@@ -139,7 +143,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Steps that were left out because a gradient held NaN or infinity."""
+        """Steps that were left out, because a gradient or the curvature held NaN or infinity."""
         return int(self._skipped)
 
     # ---- the step --------------------------------------------------------------------------
@@ -165,22 +169,23 @@ class NaturalGradient(torch.optim.Optimizer):
                 "give damping a number."
             )
         gradients = self._gradients()
-        natural, other = self._shared_out(gradients)
+        natural, other, ready = self._shared_out(gradients)
         directions = pre.precondition(natural)
-        inner = _inner(natural, directions)
-        fine = torch.isfinite(inner)
+        inner = self._inner(natural, directions)
+        fine = torch.isfinite(inner) & ready
         if other:
-            norms = torch._foreach_norm([gradients[name] for name in other])
+            norms = torch._foreach_norm(list(other.values()))
             fine = fine & torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())
         self._skipped = self._skipped + (~fine).long()
-        steps = self._steps(natural, directions, inner, fine)
-        predicted = self._predicted(natural, steps) if adapts else None
-        for group in self.param_groups:
-            self._move(group, steps, fine)
-            self._follow_adamw(group, {name: gradients[name] for name in other}, fine)
-        if predicted is not None and bool(fine):
-            assert closure is not None
-            self._adapt(closure, float(loss), predicted)  # type: ignore[arg-type]
+        # What asks for the quadratic model waits for the device anyway.
+        if not (self.line or adapts) or bool(fine):
+            steps = self._steps(natural, directions, inner, fine)
+            predicted = self._predicted(natural, steps) if adapts else 0.0
+            for group in self.param_groups:
+                self._move(group, steps, fine)
+                self._follow_adamw(group, other, fine)
+            if adapts:
+                self._adapt(closure, loss, predicted)
         pre.advance()
         return loss
 
@@ -188,7 +193,7 @@ class NaturalGradient(torch.optim.Optimizer):
         found = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None or not p.requires_grad:
                     continue
                 if p.grad.is_sparse:
                     raise RuntimeError(
@@ -198,8 +203,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 found[self._names[p]] = -p.grad if group["maximize"] else p.grad
         return found
 
-    def _shared_out(self, gradients: Params) -> tuple[Params, set[str]]:
-        """The gradients that follow the curvature, and the names of all others."""
+    def _shared_out(self, gradients: Params) -> tuple[Params, Params, bool]:
+        """Gradients that follow the curvature, all others, and whether there is a step to take."""
         pre = self.preconditioner
         without = {
             self._names[p]
@@ -207,21 +212,27 @@ class NaturalGradient(torch.optim.Optimizer):
             if not group["curvature"]
             for p in group["params"]
         }
-        other = {name for name in gradients if name in without or not pre.expects(name)}
-        natural = {name: g for name, g in gradients.items() if name not in other}
+        other = {n: g for n, g in gradients.items() if n in without or not pre.expects(n)}
+        natural = {n: g for n, g in gradients.items() if n not in other}
         missing = [name for name in natural if name not in pre.covered]
-        if missing:
-            # Some checkpointing tools take a step with zero gradients to fill the state.
-            if any(bool(natural[name].any()) for name in missing):
-                raise CaptureError(
-                    f"There are gradients of {listed(missing)}, but no curvature was measured for "
-                    f"them. It is measured when the model itself is called in training mode "
-                    f"(model.train()) with gradients enabled, before loss.backward(). If you call "
-                    f"parts of the model, or compiled it after making the optimizer, pass what you "
-                    f"call; or measure by optimizer.preconditioner.measure(data)."
-                )
-            natural = {name: g for name, g in natural.items() if name not in missing}
-        return natural, other
+        # Some checkpointing tools take a step with zero gradients to fill the state.
+        if missing and not pre.missed and any(bool(natural[name].any()) for name in missing):
+            raise CaptureError(
+                f"There are gradients of {listed(missing)}, but no curvature was measured for "
+                f"them. It is measured when the model is called in training mode (model.train()) "
+                f"with gradients enabled, before loss.backward(). If you call parts of the model, "
+                f"or a compiled model that had run before, make the optimizer of what you call; "
+                f"or measure by optimizer.preconditioner.measure(data)."
+            )
+        ready = not (missing and pre.missed)
+        return {n: g for n, g in natural.items() if n in pre.covered}, other, ready
+
+    def _inner(self, gradients: Params, directions: Params) -> Tensor:
+        """`gᵀ d`, a scalar tensor."""
+        products = [(gradients[name] * d).sum() for name, d in directions.items()]
+        if not products:
+            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        return torch.stack([product.to(_wide(product)) for product in products]).sum()
 
     def _shortened(self, group: Group, inner: Tensor) -> Tensor:
         """What the natural gradient is multiplied by to stay inside the trust region.
@@ -230,133 +241,121 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         if group["kl_max"] is None:
             return torch.ones_like(inner)
-        limit = 2 * group["kl_max"] * self.preconditioner.positions
+        limit = 2 * group["kl_max"]
         return (limit / inner.clamp(min=_TINY)).sqrt().clamp(max=1)
 
-    def _steps(self, gradients: Params, directions: Params, inner: Tensor, fine: Tensor) -> Params:
+    def _steps(self, gradients: Params, directions: Params, inner: Tensor, fine: Tensor) -> Steps:
         """By how much each parameter is moved."""
         if self.line and directions:
-            return self._minimising(gradients, directions, fine)
-        steps: Params = {}
+            return self._minimising(gradients, directions)
+        steps: Steps = {}
         for group in self.param_groups:
             named = {self._names[p]: p for p in group["params"] if self._names[p] in directions}
             if named:
-                shortened = self._shortened(group, inner)
-                of_group = [
-                    torch.where(fine, directions[name] * shortened, 0).to(p.dtype)
-                    for name, p in named.items()
-                ]
-                steps.update(zip(named, self._averaged(group, named, of_group, fine), strict=True))
+                shortened = torch.where(fine, self._shortened(group, inner), 0)
+                fresh = [torch.where(fine, directions[name], 0) for name in named]
+                averaged = self._averaged(group, list(named.values()), fresh, shortened, fine)
+                steps.update(zip(named, averaged, strict=True))
         return steps
 
-    def _minimising(self, gradients: Params, directions: Params, fine: Tensor) -> Params:
+    def _minimising(self, gradients: Params, directions: Params) -> Steps:
         """The step that minimises the quadratic model in the span of this and the last direction.
 
         Source: Martens and Grosse, arXiv 1503.05671, §7.
         """
         named = {self._names[p]: p for p in self._names if self._names[p] in directions}
-        fresh = {name: torch.where(fine, directions[name], 0) for name in named}
+        fresh = {name: directions[name] for name in named}
         last = {name: self.state[p].get("direction") for name, p in named.items()}
         span = [fresh]
         if all(value is not None for value in last.values()):
             span.append({name: value for name, value in last.items() if value is not None})
         quadratic = self._quadratic({name: gradients[name] for name in named}, span)
-        coefficients = quadratic.minimum()
-        group = self.param_groups[0]
-        if group["kl_max"] is not None:
-            kl = 0.5 * coefficients @ quadratic.curvatures @ coefficients
-            limit = group["kl_max"] * self.preconditioner.positions
-            coefficients = coefficients * (limit / kl.clamp(min=_TINY)).sqrt().clamp(max=1)
+        coefficients = quadratic.minimum(self.param_groups[0]["kl_max"])
         steps = {}
         for name, p in named.items():
             parts = [c * direction[name] for c, direction in zip(coefficients, span, strict=True)]
-            step = torch.stack(parts).sum(dim=0)
-            self.state[p]["direction"] = torch.where(
-                fine, step, self.state[p].get("direction", step)
-            )
-            steps[name] = torch.where(fine, step, 0).to(p.dtype)
+            self.state[p]["direction"] = step = torch.stack(parts).sum(dim=0).to(p.dtype)
+            steps[name] = step, torch.ones_like(coefficients[0])
         return steps
 
     def _averaged(
-        self, group: Group, named: Mapping[str, Tensor], directions: list[Tensor], fine: Tensor
-    ) -> Sequence[Tensor]:
-        """`−lr` times the weighted mean of these and earlier directions."""
+        self,
+        group: Group,
+        params: list[Tensor],
+        directions: list[Tensor],
+        shortened: Tensor,
+        fine: Tensor,
+    ) -> list[Step]:
+        """`−lr` times the weighted mean of these shortened directions and of earlier ones."""
+        taken = fine.to(shortened)
         lr, momentum = group["lr"], group["momentum"]
         if momentum == 0:
-            return torch._foreach_mul(directions, -lr)
-        states = [self.state[p] for p in named.values()]
-        for state, p in zip(states, named.values(), strict=True):
+            return [(direction, -lr * taken * shortened) for direction in directions]
+        states = [self.state[p] for p in params]
+        for state, p in zip(states, params, strict=True):
             if "direction" not in state:
                 state["direction"] = torch.zeros_like(p)
-                state["weight"] = torch.zeros((), device=p.device)
+                state["weight"] = torch.zeros((), device=p.device, dtype=_wide(p))
         means = [state["direction"] for state in states]
         weights = [state["weight"] for state in states]
         # The weights of t directions sum to 1 − momentumᵗ.
-        kept = torch.where(fine, momentum, 1.0)
-        torch._foreach_mul_(means, kept)
-        torch._foreach_add_(means, directions, alpha=1 - momentum)
-        torch._foreach_mul_(weights, kept)
-        torch._foreach_add_(weights, torch.where(fine, 1 - momentum, 0.0))
-        lengths = torch._foreach_div([torch.where(fine, -lr, 0.0)] * len(weights), weights)
-        return torch._foreach_mul(means, lengths)
+        fresh = (1 - momentum) * taken
+        torch._foreach_mul_(means, 1 - fresh)
+        torch._foreach_addcmul_(means, directions, [fresh * shortened] * len(means))
+        torch._foreach_mul_(weights, 1 - fresh)
+        torch._foreach_add_(weights, fresh)
+        lengths = [-lr * taken / weight.clamp(min=_TINY) for weight in weights]
+        return list(zip(means, lengths, strict=True))
 
-    def _move(self, group: Group, steps: Params, fine: Tensor) -> None:
+    def _move(self, group: Group, steps: Steps, fine: Tensor) -> None:
         params = [p for p in group["params"] if self._names[p] in steps]
         if not params:
             return
         if group["weight_decay"]:
-            kept = torch.where(fine, 1 - group["lr"] * group["weight_decay"], 1.0)
-            torch._foreach_mul_(params, kept)
-        torch._foreach_add_(params, [steps[self._names[p]] for p in params])
+            decayed = group["lr"] * group["weight_decay"] * fine.to(_wide(params[0]))
+            torch._foreach_mul_(params, 1 - decayed)
+        directions, lengths = zip(*(steps[self._names[p]] for p in params), strict=True)
+        torch._foreach_addcmul_(params, directions, lengths)
 
     def _follow_adamw(self, group: Group, gradients: Params, fine: Tensor) -> None:
         params = [p for p in group["params"] if self._names[p] in gradients]
-        if not params:
-            return
-        for p in params:
-            if "exp_avg" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        states = [self.state[p] for p in params]
-        base = group["base_lr"]
-        adamw(
-            params,
-            [gradients[self._names[p]] for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            found_inf=(~fine).float(),
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=group["adamw_lr"] * (group["lr"] / base if base else 1.0),
-            weight_decay=group["weight_decay"],
-            eps=1e-8,
-            maximize=False,  # the gradients are turned already
-        )
+        if params:
+            ratio = group["lr"] / group["base_lr"] if group["base_lr"] else 1.0
+            adamw_step(
+                params,
+                [gradients[self._names[p]] for p in params],
+                [self.state[p] for p in params],
+                lr=group["adamw_lr"] * ratio,
+                weight_decay=group["weight_decay"],
+                fine=fine,
+            )
 
     def _quadratic(self, gradients: Params, directions: Sequence[Params]) -> Quadratic:
         """The loss along some directions, to second order, with the damping at the inversion."""
         pre = self.preconditioner
         rows = torch.stack([_flat(direction) for direction in directions])
-        curvatures = pre.fisher_products(directions).to(rows) + pre.inverted_with * rows @ rows.T
-        return Quadratic(
-            rows @ _flat({name: gradients[name] for name in directions[0]}), curvatures
-        )
+        damped = [
+            {name: value * pre.damped[name] for name, value in direction.items()}
+            for direction in directions
+        ]
+        added = rows @ torch.stack([_flat(direction) for direction in damped]).T
+        curvatures = pre.fisher_products(directions).to(rows) + added
+        slopes = rows @ _flat({name: gradients[name] for name in directions[0]})
+        return Quadratic(slopes, curvatures)
 
-    def _predicted(self, gradients: Params, steps: Params) -> float:
+    def _predicted(self, gradients: Params, steps: Steps) -> float:
         """By how much the loss should fall."""
-        quadratic = self._quadratic(gradients, [steps])
+        whole = {name: length * direction for name, (direction, length) in steps.items()}
+        quadratic = self._quadratic(gradients, [whole])
         return -float(quadratic(torch.ones_like(quadratic.slopes)))
 
-    def _adapt(self, closure: Callable[[], Any], loss: float, predicted: float) -> None:
+    def _adapt(self, closure: Callable[[], Any] | None, loss: Any, predicted: float) -> None:
         damping = self.preconditioner.damping
         assert isinstance(damping, LevenbergMarquardt)
+        assert closure is not None
         before = damping.value
-        damping.compare(reduction=loss - float(_evaluated(closure)), predicted=predicted)
+        reduction = float(loss) - float(_evaluated(closure))
+        damping.compare(reduction=reduction, predicted=predicted)
         if damping.value != before:
             self.preconditioner.invert()
 
@@ -374,6 +373,7 @@ class NaturalGradient(torch.optim.Optimizer):
         is measured anew.
         """
         super().load_state_dict({k: v for k, v in state_dict.items() if k != CURVATURE})
+        self._restore_weights(state_dict)
         own = state_dict.get(CURVATURE)
         if own is None:
             warnings.warn(
@@ -383,6 +383,15 @@ class NaturalGradient(torch.optim.Optimizer):
             return
         self.preconditioner.load_state_dict(own["preconditioner"])
         self._skipped = own["skipped"]
+
+    def _restore_weights(self, state_dict: Mapping[str, Any]) -> None:
+        """In their own precision: torch has cast them to that of the parameters."""
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        present = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, present, strict=True):
+            weight = state_dict["state"].get(index, {}).get("weight")
+            if weight is not None:
+                self.state[p]["weight"] = weight.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"preconditioner": self.preconditioner, "_names": self._names, "line": self.line}
@@ -396,12 +405,9 @@ def _evaluated(closure: Callable[[], Any]) -> Any:
 
 def _flat(params: Params) -> Tensor:
     flat = torch.cat([value.flatten() for value in params.values()])
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return flat.to(_wide(flat))
 
 
-def _inner(gradients: Params, directions: Params) -> Tensor:
-    """`gᵀ d`, a scalar tensor."""
-    products = [(gradients[name] * d).sum() for name, d in directions.items()]
-    return (
-        torch.stack([p.to(torch.float32) for p in products]).sum() if products else torch.zeros(())
-    )
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Of numbers that are kept or summed: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)

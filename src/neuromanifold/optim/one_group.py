@@ -59,7 +59,7 @@ class OneGroup(torch.optim.Optimizer, ABC):
 
     def _last_step(self, p: Tensor) -> Tensor:
         """The last step, for each unit of lr; zero before the first."""
-        return self.state[p].get("step", torch.zeros_like(p))
+        return self.state[p].get("last", torch.zeros_like(p))
 
     @abstractmethod
     def _own_state(self) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,17 +16,26 @@ from torch import Tensor, nn
 from neuromanifold._fisher import requested
 from neuromanifold._typing import Params
 from neuromanifold.capture import Batch, Data, Forward, Plan, logits_of, plan, unwrap
+from neuromanifold.capture.arrangement import known_of
 from neuromanifold.distributed import sum_over_ranks
 from neuromanifold.errors import CaptureError, NonFiniteError
 from neuromanifold.estimators import Estimator, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import Block
+from neuromanifold.operators import BlockMatrix
 from neuromanifold.optim.curvature import curvature_of
 from neuromanifold.optim.damping import LevenbergMarquardt
-from neuromanifold.optim.inverses import Inverse, from_state, inverses, precondition, to_state
+from neuromanifold.optim.inverses import (
+    Inverse,
+    dampings,
+    from_state,
+    inverses,
+    precondition,
+    to_state,
+)
 from neuromanifold.optim.quadratic import fisher_products
 from neuromanifold.optim.schedules import Number, Schedule, at_step
-from neuromanifold.optim.watch import Observer, as_inputs, is_data_parallel, undisturbed
+from neuromanifold.optim.watch import Observer, as_batch, in_training, is_data_parallel, undisturbed
 from neuromanifold.structures import Kronecker, Reducer, Source, Structure
 
 __all__ = ["Preconditioner"]
@@ -38,9 +47,9 @@ class Preconditioner:
     The curvature is measured in a pass of its own, on the inputs that the model is called with in
     training: before the forward pass of a step for which a measurement is due, in training mode,
     with gradients enabled. Nothing of that pass is left when training goes on: no graph, no hooks,
-    no gradients, no change of buffers. It runs the original module, whatever it is compiled to, and
-    normalises batches with their running statistics, because with those of the batch a Fisher
-    information per sample does not exist.
+    no gradients, no change of buffers or random number generators. It runs the original module,
+    whatever it is compiled to, and normalises batches with their running statistics, because with
+    those of the batch a Fisher information per sample does not exist.
 
     Args:
         model: that is trained; wrappers for compilation and data parallelism are seen through.
@@ -48,6 +57,10 @@ class Preconditioner:
         structure: what is kept of the matrix, anything additive, or `nm.EigenKronecker()`.
         estimator: which vectors go back; one sampled label per input by default.
         damping: added to the matrix, in nats/parameter²; a number, or a function of the step.
+        relative: added too, in units of the mean eigenvalue of each block, so that it follows the
+            scale of the loss and the layer; a number, or a function of the step.
+        per: what the loss is a mean over, and the matrix with it: positions, as in losses of
+            torch, or samples. Both are the same where a sample has one position.
         schedule: how often curvature is measured and inverted.
         decay: of earlier measurements at each new one, in [0, 1).
         fraction: of each batch that curvature is measured on, in (0, 1].
@@ -56,7 +69,8 @@ class Preconditioner:
             that a layer rule reads, by default.
         forward: `forward(model, inputs)`, if the model is not called the usual way.
         observe: "automatic", or "explicit": only by `observe(outputs, targets)` or `measure(data)`.
-        reducer: sums over processes, as `nm.distributed.sum_over_ranks` does.
+        reducer: sums over processes, as `nm.distributed.sum_over_ranks` does, which is used where
+            the model is, or later becomes, distributed data parallel.
         generator: source of sampled labels; one with a seed of its own by default.
 
     Example:
@@ -77,6 +91,8 @@ class Preconditioner:
         *,
         estimator: Estimator | None = None,
         damping: Number = 1e-3,
+        relative: Number = 0.0,
+        per: Literal["position", "sample"] = "position",
         schedule: Schedule | None = None,
         decay: float = 0.95,
         fraction: float = 1.0,
@@ -87,12 +103,14 @@ class Preconditioner:
         reducer: Reducer | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        _check(damping, decay, fraction, observe)
+        _check(damping, relative, decay, fraction, observe)
         self.model = unwrap(model)
         self.likelihood = likelihood
         self.structure = Kronecker() if structure is None else structure
         self.estimator = MonteCarlo(1) if estimator is None else estimator
         self.damping = damping
+        self.relative = relative
+        self.per = per
         self.schedule = Schedule() if schedule is None else schedule
         self.decay = decay
         self.fraction = fraction
@@ -111,10 +129,8 @@ class Preconditioner:
         """Measurements that held NaN or infinity and were left out."""
         self.seconds = 0.0
         """Spent on curvature."""
-        self.positions = 1.0
-        """Observed positions in a sample of the last measurement."""
-        self.inverted_with = at_step(damping, 0)
-        """Damping of the last inversion."""
+        self.damped: dict[str, float] = {}
+        """What was added to the matrix in the last inversion, by parameter."""
         self._curvature = curvature_of(self.structure)
         self._measured: int | None = None
         self._inverted: int | None = None
@@ -124,8 +140,7 @@ class Preconditioner:
         self._blocks: list[Block] = []
         self._missed = False
         self._set_inverses([])
-        self._last: Any = None
-        self._measuring = False
+        self._last: Batch | None = None
         self._explicit = observe == "explicit"
         self._watch(model)
 
@@ -137,11 +152,11 @@ class Preconditioner:
 
     def _called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is about to be called."""
-        if self._measuring or not (self.model.training and torch.is_grad_enabled()):
+        if not in_training(self.model):
             return
         if self.reducer is None and is_data_parallel(self._watched):
             self.reducer = sum_over_ranks
-        self._last = as_inputs(self.model, args, kwargs)
+        self._last = as_batch(self.model, args, kwargs)
         if not self._explicit and self.is_due:
             self.measure(self._last)
 
@@ -170,7 +185,7 @@ class Preconditioner:
         """
         if self._last is None or not self.is_due:
             return
-        batch = Batch.of(self._last) if isinstance(self._last, Mapping) else Batch(self._last, None)
+        batch = self._last
         rows = len(self.likelihood.canonical(logits_of(outputs)))
         if rows != batch.num_samples:
             raise ValueError(
@@ -192,6 +207,10 @@ class Preconditioner:
         except NonFiniteError as error:
             self.failed += 1
             self._missed = True
+            # Samples are told apart by gradients, and NaN told nothing.
+            known = known_of(self.model)
+            known.arrangements.clear()
+            known.repeats.clear()
             warnings.warn(f"A measurement of curvature was left out: {error}", stacklevel=2)
         finally:
             self.seconds += time.perf_counter() - started
@@ -201,7 +220,7 @@ class Preconditioner:
         if self._trainable != trainable:
             self._trainable, self._inverted = trainable, None
             self._expected = frozenset(self._followers())
-        with self._asked(data) as source:
+        with self._asked(data) as (_, source):
             if self.fraction < 1:
                 batch, _ = source.data.peek()
                 size = math.ceil(self.fraction * batch.num_samples)
@@ -210,29 +229,22 @@ class Preconditioner:
             if source.plan.generic:
                 self._leave_out(source.plan)
             self._blocks, self._measured = source.plan.blocks, self.step
-            self.positions = source.num_positions / source.num_samples
             if self._due()[1]:
                 self.invert()
 
-    @contextlib.contextmanager
-    def _asked(self, data: Any) -> Iterator[Source]:
-        request = requested(
+    def _asked(self, data: Any) -> AbstractContextManager[tuple[Structure, Source]]:
+        return requested(
             self.model,
             self.likelihood,
             data,
             estimator=self.estimator,
             params=sorted(self._expected),
+            per=self.per,
             forward=self.forward,
             uncovered="generic",
             reducer=self.reducer,
             generator=self.generator,
         )
-        self._measuring = True
-        try:
-            with request as (_, source):
-                yield source
-        finally:
-            self._measuring = False
 
     def _followers(self) -> list[str]:
         """Names of parameters that follow the curvature: those that a layer rule reads."""
@@ -250,9 +262,20 @@ class Preconditioner:
     def invert(self) -> None:
         """Make the damped inverse of what was measured so far."""
         matrices = self._curvature.matrices(self._blocks)
-        self.inverted_with = at_step(self.damping, self.step)
-        self._set_inverses(inverses(matrices, self.inverted_with, split=self.split))
+        added = dampings(
+            matrices, at_step(self.damping, self.step), at_step(self.relative, self.step)
+        )
+        self._set_inverses(inverses(matrices, added, split=self.split))
         self._inverted = self.step
+        self.damped = {
+            name: value
+            for block, value in zip(self._blocks, torch.stack(added).tolist(), strict=True)
+            for name in block.parameters
+        }
+
+    def measured(self) -> list[BlockMatrix]:
+        """The average of the measurements so far, one matrix for each block."""
+        return self._curvature.averages_of(self._blocks)
 
     def _set_inverses(self, found: list[Inverse]) -> None:
         self._inverses = found
@@ -297,7 +320,7 @@ class Preconditioner:
                 "The Fisher matrix along the step needs the batch that the model was called with "
                 "in training mode, and there was none since the last step."
             )
-        with undisturbed(self.model), self._asked(self._last) as source:
+        with undisturbed(self.model), self._asked(self._last) as (_, source):
             return fisher_products(source, source.plan, directions)
 
     def advance(self) -> None:
@@ -316,8 +339,7 @@ class Preconditioner:
             "seconds": self.seconds,
             "measured": self._measured,
             "inverted": self._inverted,
-            "positions": self.positions,
-            "inverted_with": self.inverted_with,
+            "damped": self.damped,
             "trainable": self._trainable,
             "bypassed": sorted(self._bypassed),
             "blocks": [block.to_dict() for block in self._blocks],
@@ -334,7 +356,7 @@ class Preconditioner:
         self._set_inverses([from_state(entry, device) for entry in state["inverses"]])
         self.step, self.failed, self.seconds = state["step"], state["failed"], state["seconds"]
         self._measured, self._inverted = state["measured"], state["inverted"]
-        self.positions, self.inverted_with = state["positions"], state["inverted_with"]
+        self.damped = dict(state["damped"])
         self.generator.set_state(state["generator"].cpu())
         if isinstance(self.damping, LevenbergMarquardt) and state["damping"]:
             self.damping.load_state_dict(state["damping"])
@@ -358,7 +380,9 @@ def _trainable(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _check(damping: Number, decay: float, fraction: float, observe: str) -> None:
+def _check(damping: Number, relative: Number, decay: float, fraction: float, observe: str) -> None:
+    if not (callable(relative) or relative >= 0):
+        raise ValueError(f"relative damping is at least 0, or a function; got {relative!r}.")
     if not (callable(damping) or damping > 0):
         raise ValueError(
             f"damping is a positive number in nats/parameter², or a function of the step; "

@@ -31,8 +31,9 @@ class Options(TypedDict, total=False):
     """What every preset takes, beside the model and the likelihood.
 
     `lr`, `momentum`, `weight_decay`, `kl_max`, `adamw_lr`, `line` and `maximize` are those of
-    `nm.optim.NaturalGradient`; `estimator`, `damping`, `schedule`, `decay`, `fraction`, `split`,
-    `forward`, `observe`, `reducer` and `generator` those of `nm.optim.Preconditioner`.
+    `nm.optim.NaturalGradient`; `estimator`, `damping`, `relative`, `per`, `schedule`, `decay`,
+    `fraction`, `split`, `forward`, `observe`, `reducer` and `generator` those of
+    `nm.optim.Preconditioner`.
 
     Attributes:
         params: parameters or groups of them; all of the model by default.
@@ -50,6 +51,8 @@ class Options(TypedDict, total=False):
     maximize: bool
     estimator: Estimator
     damping: Number
+    relative: Number
+    per: Literal["position", "sample"]
     schedule: Schedule
     decay: float
     fraction: float

@@ -30,9 +30,17 @@ class Quadratic:
     slopes: Tensor
     curvatures: Tensor
 
-    def minimum(self) -> Tensor:
-        """Coefficients `(R,)`; of directions that are parallel or zero, the shortest."""
-        return -torch.linalg.pinv(self.curvatures, hermitian=True) @ self.slopes
+    def minimum(self, most: float | None = None) -> Tensor:
+        """Coefficients `(R,)`; of directions that are parallel or zero, the shortest.
+
+        Args:
+            most: nats; where `½ cᵀ A c` is over it, the step is shortened to that.
+        """
+        c = -torch.linalg.pinv(self.curvatures, hermitian=True) @ self.slopes
+        if most is None:
+            return c
+        kl = 0.5 * c @ self.curvatures @ c
+        return c * (most / kl.clamp(min=torch.finfo(kl.dtype).tiny)).sqrt().clamp(max=1)
 
     def __call__(self, coefficients: Tensor) -> Tensor:
         """By how much the loss changes, in nats."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakMethod
@@ -13,7 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Observer", "as_inputs", "is_data_parallel", "undisturbed"]
+from neuromanifold.capture import Batch
+from neuromanifold.capture.tape import _MEASURED_BY
+
+__all__ = ["Observer", "as_batch", "in_training", "is_data_parallel", "undisturbed"]
 
 Told = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
 
@@ -32,6 +36,7 @@ class Observer:
         self._told = None if told is None else WeakMethod(told)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each call of the module."""
         _tell(self, args, kwargs)
 
     def __reduce__(self) -> tuple[type[Observer], tuple[None]]:
@@ -41,21 +46,30 @@ class Observer:
 def _tell(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     told = None if observer._told is None else observer._told()
     if told is not None:
-        told(args, kwargs)
+        (torch.compiler.disable(told) if _compiles() else told)(args, kwargs)
 
 
-# What torch.compiler.disable sets, without the import of the compiler, which takes a second: what
-# is observed is no part of a compiled graph.
+# What is observed is no part of a compiled graph: this function is not, and what it calls neither.
 _tell._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a model is called with, as data."""
+def _compiles() -> bool:
+    """Whether anything may be compiled: the import of the compiler takes a second."""
+    return "torch._dynamo" in sys.modules
+
+
+def as_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+    """What a model is called with, as data; labels that a model takes are targets."""
     if not kwargs:
-        return args[0] if len(args) == 1 else args
+        return Batch(args[0] if len(args) == 1 else args, None)
     if not args:
-        return dict(kwargs)
-    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        return Batch.of(kwargs)
+    signature = inspect.signature(model.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return Batch.of(named)
 
 
 def is_data_parallel(model: nn.Module) -> bool:
@@ -65,11 +79,26 @@ def is_data_parallel(model: nn.Module) -> bool:
     return isinstance(model, DistributedDataParallel) or active is not None
 
 
+def in_training(model: nn.Module) -> bool:
+    """Whether a call of the model is one of training: no evaluation, no measurement, no torch.func.
+
+    torch.func puts other tensors in the place of parameters.
+    """
+    return (
+        model.training
+        and torch.is_grad_enabled()
+        and model not in _MEASURED_BY
+        and all(isinstance(p, nn.Parameter) for p in model.parameters())
+    )
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let batch normalisation use its running statistics, and put back random number generators.
+    """Let a model be measured: as it was written, and with no effect on the training around it.
 
-    Dropout draws in a measurement what it will draw again when training goes on.
+    Batches are normalised by their running statistics, and nothing that is compiled runs compiled.
+    Random number generators are put back: dropout draws in a measurement what it will draw again
+    when training goes on.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     device = next(model.parameters()).device
@@ -77,8 +106,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.training = False
     try:
-        with torch.random.fork_rng(forked, device_type=device.type if forked else "cuda"):
+        with _eager(), torch.random.fork_rng(forked, device_type=device.type if forked else "cuda"):
             yield
     finally:
         for norm in norms:
             norm.training = True
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    return torch.compiler.set_stance("force_eager") if _compiles() else contextlib.nullcontext()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from neuromanifold.report.collect import collect
+from neuromanifold.report.contest import render_contest
 from neuromanifold.report.render import render
+from neuromanifold.report.standing import verdict
 
-__all__ = ["collect", "render"]
+__all__ = ["collect", "render", "render_contest", "verdict"]

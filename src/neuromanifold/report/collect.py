@@ -14,14 +14,14 @@ from neuromanifold._estimate import Estimate
 from neuromanifold._fisher import fisher
 from neuromanifold._progress import Progress, reporting
 from neuromanifold.capture import Data, buffers_kept, call_model, logits_of, plan, unwrap
-from neuromanifold.errors import TooLargeError
+from neuromanifold.errors import TooLargeError, UnsupportedError
 from neuromanifold.estimators import Estimator, Exact, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import memory
 from neuromanifold.operators import FisherOperator
 from neuromanifold.report.entries import summary
 from neuromanifold.report.estimator_errors import estimator_errors
-from neuromanifold.report.known import stderr
+from neuromanifold.report.known import finite, stderr
 from neuromanifold.report.structure_errors import Candidate, Error, is_part_of_it
 from neuromanifold.structures import BlockDiagonal, Diagonal, Gram, Kronecker, Structure, UnitWise
 from neuromanifold.structures._base import AdditiveStructure
@@ -145,6 +145,7 @@ def collect(
             data,
             num_rows=exact.num_samples * num_columns,
             num_parameters=exact.num_parameters,
+            generator=measure.generator(),
             notes=notes,
         )
         stage()
@@ -168,7 +169,7 @@ def collect(
         "trace": trace,
         "frobenius": float(exact.norm()),
         "largest_eigenvalue": largest,
-        "max_learning_rate": 2 / largest if largest > 0 else None,
+        "max_learning_rate": finite(2 / largest) if largest > 0 else None,
         "stable_rank": trace / largest if largest > 0 else None,
         "whole_errors": {kind: whole[kind].value if kind in whole else None for kind in kinds},
         "stderr": {
@@ -204,10 +205,11 @@ class _Measure:
             self.data,
             structure,
             estimator=self.estimator,
-            generator=self._generator(),
+            generator=self.generator(),
         )
 
-    def _generator(self) -> torch.Generator:
+    def generator(self) -> torch.Generator:
+        """One that draws the same labels as all others."""
         return torch.Generator().manual_seed(self.seed)
 
     def if_it_fits(self, structure: Structure) -> FisherOperator | None:
@@ -251,7 +253,7 @@ class _Measure:
             self.data,
             structure,
             estimator=self.estimator,
-            generator=self._generator(),
+            generator=self.generator(),
         )
 
     def _size(self, structure: Structure) -> int:
@@ -279,7 +281,8 @@ def _headline_errors(
         "largest_eigenvalue": of_largest,
     }
     if largest > 0:
-        found["max_learning_rate"] = None if of_largest is None else 2 / largest**2 * of_largest
+        relative = None if of_largest is None else of_largest / largest
+        found["max_learning_rate"] = None if relative is None else finite(2 / largest * relative)
         found["stable_rank"] = stderr(spectrum.stable_rank(exact))
         dimension = spectrum.effective_dimension(exact, damping=largest / 100)
         found["effective_dimension"] = stderr(dimension)
@@ -294,28 +297,41 @@ def _choose_estimator(
     Returns:
         The estimator, and the columns of the output Fisher of a sample.
     """
-    num_samples, columns = 0, 0
+    num_samples, columns, inexact = 0, 0, ""
     with torch.no_grad(), buffers_kept(model):
         for batch in Data(data, unwrap(model)):
             outputs = likelihood.canonical(logits_of(call_model(model, batch.inputs)))
-            num_samples += len(outputs)
-            columns = max(columns, likelihood.num_columns(outputs))
-    if num_samples * columns <= MAX_EXACT_ROWS:
+            if len(outputs):  # else the measurement refuses it
+                num_samples += len(outputs)
+                columns = max(columns, likelihood.num_columns(outputs))
+                inexact = inexact or _without_columns(likelihood, outputs)
+    if num_samples * columns <= MAX_EXACT_ROWS and not inexact:
         return Exact(), columns
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = min(SAMPLED_ROWS, SAMPLED_ENTRIES // max(num_parameters, 1))
     draws = max(rows // num_samples, 1)
-    note = (
+    note = inexact or (
         f"The exact matrix takes {num_samples * columns:,} gradients, {columns:,} for each of "
-        f"{num_samples:,} samples. Here it is estimated by {draws} for each, with labels drawn "
-        f"from the model. This leaves noise in all numbers: there are no "
-        f"more eigenvalues than gradients, the largest tend to be too large, and approximations "
-        f"look worse than they are."
+        f"{num_samples:,} samples."
     )
-    if 2 * columns <= MAX_EXACT_ROWS:
+    note += (
+        f" Here it is estimated by {draws} for each, with labels drawn from the model. This leaves "
+        f"noise in all numbers: there are no more eigenvalues than gradients, the largest tend to "
+        f"be too large, and approximations look worse than they are."
+    )
+    if not inexact and 2 * columns <= MAX_EXACT_ROWS:
         note += f" Up to {MAX_EXACT_ROWS // columns:,} samples are measured exactly."
     notes.append(note)
     return MonteCarlo(draws), columns
+
+
+def _without_columns(likelihood: Likelihood, outputs: Tensor) -> str:
+    """Why the output Fisher has no exact form; empty if it has one."""
+    try:
+        next(iter(likelihood.fisher_columns(outputs[:1])))
+    except UnsupportedError as error:
+        return str(error)
+    return ""
 
 
 def _blocks(

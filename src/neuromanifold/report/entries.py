@@ -65,9 +65,12 @@ def _of_mean(own: Tensor) -> float | None:
 
 def _of_single_entries(own: Tensor) -> float | None:
     """Standard error over value of the median entry that is not zero; None if all are."""
-    mean, spread = own.mean(dim=0), own.std(dim=0)
-    relative = spread[mean > 0] / mean[mean > 0]
-    return finite(float(relative.median()) / math.sqrt(len(own))) if len(relative) else None
+    mean = own.mean(dim=0)
+    known = mean > 0
+    if not bool(known.any()):
+        return None
+    relative = (own[:, known] / mean[known]).std(dim=0)
+    return finite(float(relative.median()) / math.sqrt(len(own)))
 
 
 def _around(order: Tensor, rank: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from neuromanifold.errors import UnsupportedError
@@ -27,6 +28,7 @@ def estimator_errors(
     *,
     num_rows: int,
     num_parameters: int,
+    generator: torch.Generator,
     notes: list[str],
 ) -> dict[str, Any] | None:
     """What `nm.variance.compare` finds for the model and its layers.
@@ -37,6 +39,7 @@ def estimator_errors(
         data: inputs, with or without targets.
         num_rows: samples times columns of the output Fisher.
         num_parameters: that are measured.
+        generator: source of the labels, where moments are measured from some.
         notes: where is said why estimators were not compared.
 
     Returns:
@@ -49,7 +52,7 @@ def estimator_errors(
         )
         return None
     try:
-        found = compare(model, likelihood, data)
+        found = compare(model, likelihood, data, generator=generator)
     except UnsupportedError as error:
         notes.append(f"Estimators were not compared: {error}")
         return None

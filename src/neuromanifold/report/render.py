@@ -9,7 +9,7 @@ from typing import Any
 
 from neuromanifold._extras import require_extra
 
-__all__ = ["render"]
+__all__ = ["fill", "render"]
 
 _KIND, _VERSION = "neuromanifold.analysis", 1
 
@@ -45,8 +45,6 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
     _check(analyses)
     require_extra("report", "jinja2", "altair", "vl_convert")
     # The extra is needed from here on only, so that the library can be imported without it.
-    import jinja2
-
     from neuromanifold.report.headline import facts
     from neuromanifold.report.provenance import coverage, origin
     from neuromanifold.report.sections import sections
@@ -63,6 +61,18 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
         }
         for number, analysis in enumerate(analyses, 1)
     ]
+    return fill("page.html", title=title, models=models)
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page from one of the templates, with the program that draws its charts.
+
+    Args:
+        template: its name.
+        **values: what it shows.
+    """
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("neuromanifold.report"),
         autoescape=True,
@@ -71,11 +81,8 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["breakable"] = _breakable
-    return environment.get_template("page.html").render(
-        title=title,
-        models=models,
-        drawing_library=_drawing_library(),
-        version=version("neuromanifold"),
+    return environment.get_template(template).render(
+        **values, drawing_library=_drawing_library(), version=version("neuromanifold")
     )
 
 

@@ -157,17 +157,24 @@ class Source:
         """Compare what the processes have, by a number that depends on it, before they sum it."""
         kept = [(block.name, block.shape) for block in self.plan.blocks]
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        code = float(zlib.crc32(repr((kept, shapes)).encode()) % 2**20)  # its square is exact
-        sums = torch.tensor([1.0, code, code**2], dtype=torch.float64, device=self.device)
-        assert self.reducer is not None
-        self.reducer([sums])
-        ranks, total, squares = sums.tolist()
-        if ranks * squares != total**2:
+        if not self.same_everywhere(zlib.crc32(repr((kept, shapes)).encode()) % 2**20):
             raise CaptureError(
                 f"The processes read the model's parameters differently, so their statistics "
                 f"cannot be summed. Here {list(self.plan.generic)} have no layer rule: is a module "
                 f"bypassed on some of the processes? Measure with params=... without it."
             )
+
+    def same_everywhere(self, number: int) -> bool:
+        """Whether all processes have the same number, below 2²⁰ so that sums of squares are exact.
+
+        All of them have to ask.
+        """
+        if self.reducer is None:
+            return True
+        sums = torch.tensor([1, number, number**2], dtype=torch.float64, device=self.device)
+        self.reducer([sums])
+        processes, total, squares = sums.tolist()
+        return bool(processes * squares == total**2)
 
     @property
     def normaliser(self) -> int:

@@ -111,7 +111,7 @@ class QuasiDiagonalMatrix(BlockMatrix):
         """O(I) per unit."""
         return self.rest * x + self.row * (self.row * x).sum(dim=-1, keepdim=True)
 
-    def solve(self, x: Tensor, damping: float) -> Tensor:
+    def solve(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """O(I) per unit: the inverse of a diagonal plus a rank-one matrix.
 
         The entry with the least of the diagonal is eliminated first, by hand, since its part may be

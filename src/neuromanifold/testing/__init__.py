@@ -9,6 +9,7 @@ from neuromanifold.testing.harness import run_ranks
 from neuromanifold.testing.layer_checks import check_layer_rule
 from neuromanifold.testing.likelihood_checks import check_likelihood
 from neuromanifold.testing.operator_checks import check_operator
+from neuromanifold.testing.optimizer_checks import check_optimizer
 from neuromanifold.testing.structure_checks import check_structure
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "check_layer_rule",
     "check_likelihood",
     "check_operator",
+    "check_optimizer",
     "check_structure",
     "layer_cases",
     "model_cases",

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from neuromanifold._estimate import plain
 from neuromanifold._fisher import requested
 from neuromanifold._typing import Params
 from neuromanifold.capture import Batch, Forward, Tape
@@ -82,14 +83,17 @@ class BlockErrors:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {
-            "norm": dict(self.norms),
-            "errors": {source: self.error(source) for source in self.squared},
-            "relative": {source: self.relative(source) for source in self.squared},
-            "num_samples": self.num_samples,
-            "draws": self.draws,
-        }
+        """Plain data, for JSON; what is not finite is None."""
+        numbers: dict[str, Any] = plain(
+            {
+                "norm": self.norms,
+                "errors": {source: self.error(source) for source in self.squared},
+                "relative": {source: self.relative(source) for source in self.squared},
+                "num_samples": self.num_samples,
+                "draws": self.draws,
+            }
+        )
+        return numbers
 
     def __str__(self) -> str:
         width = max(len("(root)"), *map(len, self.norms))
@@ -127,7 +131,7 @@ def blocks(
 
     Args:
         model: as for `nm.fisher`, like all that follow.
-        likelihood: what the outputs mean; one with a closed form, any but `nm.FromDistribution`.
+        likelihood: what the outputs mean; any but an `nm.FromDistribution` of infinite support.
         data: inputs, with or without targets.
         estimator: whose error is asked for; `nm.MonteCarlo(1)` by default.
         params: names or patterns of the parameters.
@@ -205,9 +209,8 @@ def _measure(source: Source) -> tuple[dict[str, dict[str, Tensor]], Params, int]
     means: dict[str, _Mean] = {}
     _require_sums(source)
     source = replace(source, estimator=Exact())
-    batches = column_batches(
-        source
-    )  # before the tape hooks the model: it runs the model on a tape too
+    # Before the tape hooks the model: this runs the model on a tape of its own.
+    batches = column_batches(source)
     with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
         for done, batch in enumerate(batches, start=1):
             columns, cumulants = _columns(source, tape, batch)

@@ -69,7 +69,7 @@ def bound(
         nats²/parameter⁴.
 
     Raises:
-        UnsupportedError: If the likelihood has no closed form.
+        UnsupportedError: If the likelihood or the estimator has no closed form.
         ValueError: As `nm.fisher`.
 
     Example:
@@ -93,6 +93,11 @@ def bound(
         progress=progress,
     )
     with asked as (_, source):
+        if not isinstance(estimator, MonteCarlo):
+            raise UnsupportedError(
+                f"The bound is on the noise of sampled labels, and {estimator!r} samples none: "
+                f"give nm.MonteCarlo(...), or ask nm.variance.diagonal(...) for its variance."
+            )
         bounds = estimator.noise_bounds(moments(source, bounds=True))
     if "labels" not in bounds:
         raise UnsupportedError(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from neuromanifold._estimate import plain
 from neuromanifold._fisher import requested
 from neuromanifold._typing import Params
 from neuromanifold.capture import Batch, Forward
@@ -138,8 +139,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; what is not finite is None."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        numbers: dict[str, Any] = plain(asdict(self))
+        return numbers
 
     def __str__(self) -> str:
         lines, before = [HEADER], None
@@ -170,14 +171,17 @@ def compare(
     forward: Forward | None = None,
     uncovered: Literal["generic", "error"] = "generic",
     reducer: Reducer | None = None,
+    generator: torch.Generator | None = None,
     progress: bool | Progress = False,
 ) -> Comparison:
     """How far off the diagonal is by each estimator, what that costs, and which one to take.
 
     All estimators have the same value on average. What differs is the error that their draws add
     to that of the data, and the number of sweeps. Both are closed forms, so nothing is drawn: one
-    pass with all columns of the output Fisher, at the cost of `nm.Exact()`. Sweeps and seconds are
-    those of the first batch, which is run some ten times for the latter.
+    pass with all columns of the output Fisher, at the cost of `nm.Exact()`. Only an
+    `nm.FromDistribution` of infinite support has its moments measured from labels, as for
+    `nm.variance.diagonal`. Sweeps and seconds are those of the first batch, which is run some ten
+    times for the latter.
 
     Args:
         model: as for `nm.fisher`, like all that follow.
@@ -190,6 +194,7 @@ def compare(
         forward: how the model is called.
         uncovered: what to do about parameters without a layer rule.
         reducer: sums over processes.
+        generator: source of the labels that moments are measured from.
         progress: True shows a progress bar.
 
     Returns:
@@ -230,6 +235,7 @@ def compare(
         forward=forward,
         uncovered=uncovered,
         reducer=reducer,
+        generator=generator,
         progress=progress,
     )
     with asked as (_, source):
@@ -482,13 +488,3 @@ def _percent(value: float | None) -> str:
         return UNNAMED
     digits = 0 if value >= 1 else 1 if value >= 0.1 else 2
     return f"{value:.{digits}%}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

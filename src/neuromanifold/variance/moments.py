@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neuromanifold.capture import Batch, Tape
-from neuromanifold.errors import UnsupportedError
+from neuromanifold.errors import UnsupportedError, listed
 from neuromanifold.estimators import Estimator, Exact, Moments, MonteCarlo
 from neuromanifold.layers import Factored, Record
 from neuromanifold.likelihoods import ColumnCumulants, Likelihood
@@ -47,6 +47,9 @@ def moments(source: Source, *, bounds: bool = False) -> Moments:
     Args:
         source: the measurement; its estimator does not matter.
         bounds: whether to bound κ₄ too (see `bounds.py`), where it has a closed form.
+
+    Raises:
+        UnsupportedError: If all squares of a parameter's information are zero by underflow.
     """
     layout = source.plan.layout
     sums: dict[str, dict[str, Tensor]] = {}
@@ -73,7 +76,27 @@ def moments(source: Source, *, bounds: bool = False) -> Moments:
             block.write(value[None], rows[key], layout)
     normaliser = source.num_samples
     means = {key: layout.unflatten(row[0] / normaliser) for key, row in rows.items()}
-    return Moments(normaliser, **means)
+    found = Moments(normaliser, **means)
+    _require_squares(found)
+    return found
+
+
+def _require_squares(found: Moments) -> None:
+    """Refuse parameters whose information is so little that its square is zero in this precision.
+
+    Their variances would be zero, as if they were known without error.
+    """
+    names = list(found.information)
+    most = torch.stack([v.max() for v in found.information.values()])
+    lost = (most > 0) & (most.square() < torch.finfo(most.dtype).tiny)
+    bad = [name for name, is_lost in zip(names, lost.tolist(), strict=True) if is_lost]
+    if bad:
+        raise UnsupportedError(
+            f"The Fisher information of {listed(bad)} is at most {float(most[lost].max()):.1g} "
+            f"nats/parameter², and its square, of which variances are made, is no number in "
+            f"{most.dtype}. Measure in a wider precision (model.double()), or leave them out by "
+            f"params=...; nm.estimate(...) sums in double precision."
+        )
 
 
 def column_batches(source: Source) -> Iterator[Batch]:

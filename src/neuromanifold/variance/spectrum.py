@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from neuromanifold._estimate import Estimate
+from neuromanifold.errors import UnsupportedError
 from neuromanifold.linalg import psd
+from neuromanifold.operators import FisherOperator
 from neuromanifold.structures.gram import GramOperator
 
 __all__ = [
@@ -47,7 +49,7 @@ def trace(F: GramOperator) -> Estimate:
         In nats/parameter²; the variance is from "samples".
 
     Raises:
-        UnsupportedError: If F is a sum of measurements.
+        UnsupportedError: If F is a sum of measurements, or not by `nm.Gram`.
 
     Example:
         >>> import torch, neuromanifold as nm
@@ -56,6 +58,7 @@ def trace(F: GramOperator) -> Estimate:
         >>> bool(nm.variance.trace(F).stderr > 0)
         True
     """
+    _require_gram(F)
     return from_rows(F, F.trace(), F.gram.diagonal())
 
 
@@ -148,8 +151,9 @@ def eigenvalues(F: GramOperator, k: int = 1) -> Estimate:
 
     Raises:
         ValueError: If there are not k of them.
-        UnsupportedError: If F is a sum of measurements.
+        UnsupportedError: If F is a sum of measurements, or not by `nm.Gram`.
     """
+    _require_gram(F)
     if not 1 <= k <= F.num_rows:
         raise ValueError(f"k is from 1 to {F.num_rows}, the number of rows; got {k}.")
     values, vectors = F._eigh
@@ -173,20 +177,32 @@ def effective_dimension(F: GramOperator, *, damping: float | Tensor) -> Estimate
 
     Raises:
         ValueError: If a damping is not positive.
-        UnsupportedError: If F is a sum of measurements.
+        UnsupportedError: If F is a sum of measurements, or not by `nm.Gram`.
     """
-    dampings = torch.as_tensor(damping, dtype=F.dtype, device=F.device)
+    _require_gram(F)
+    dampings = torch.as_tensor(damping, dtype=torch.float64, device=F.device)
     if not bool((dampings > 0).all()):
         raise ValueError(f"damping must be > 0 nats/parameter², got {damping}.")
-    values, n = _seen(F), F.num_samples
-    kept = (values / (values + dampings.reshape(-1, 1))).sum(dim=1).reshape(dampings.shape)
+    values, n = _seen(F).double(), F.num_samples
+    # Relative to the largest eigenvalue, whose square may be too small or too large for a number.
+    scale = torch.where(values[-1] > 0, values[-1], 1)
+    values, relative = values / scale, dampings.flatten() / scale
+    kept = (values / (values + relative[:, None])).sum(dim=1)
     if n == 1:
         variance = torch.full_like(kept, torch.inf)
     else:
-        left_out = _dimensions_left(F, dampings.flatten().double() * (n - 1) / n)
-        spread = left_out.var(dim=1, correction=0) * (n - 1)
-        variance = spread.to(kept).reshape(dampings.shape)
+        left_out = _dimensions_left(F, values, relative * (n - 1) / n)
+        variance = left_out.var(dim=1, correction=0) * (n - 1)
+    kept, variance = (x.to(F.dtype).reshape(dampings.shape) for x in (kept, variance))
     return Estimate(kept, {"samples": variance}, num_samples=n)
+
+
+def _require_gram(F: FisherOperator) -> None:
+    if not isinstance(F, GramOperator):
+        raise UnsupportedError(
+            f"Error bars come from the samples that a Fisher matrix keeps, and {F!r} keeps none: "
+            f"measure it by nm.fisher(..., nm.Gram())."
+        )
 
 
 def _seen(F: GramOperator) -> Tensor:
@@ -195,14 +211,16 @@ def _seen(F: GramOperator) -> Tensor:
     return torch.where(values > F._cutoff * values[-1], values, 0)
 
 
-def _dimensions_left(F: GramOperator, dampings: Tensor) -> Tensor:
+def _dimensions_left(F: GramOperator, values: Tensor, dampings: Tensor) -> Tensor:
     """The effective dimension at each damping without each sample in turn, `(D, N)`.
+
+    The eigenvalues `(R,)` and the dampings `(D,)` may be in any unit that is the same for both.
 
     F without the rows U of a sample, times N / (N − 1), has at N / (N − 1) times a damping the
     dimension `tr K (K + damping)⁻¹ − tr B⁻¹ C`, with the sample's blocks B of `(K + damping)⁻¹` and
     C of `K (K + damping)⁻² = (K + damping)⁻¹ − damping (K + damping)⁻²` (Woodbury).
     """
-    values, (_, vectors) = _seen(F).double(), F._eigh
+    _, vectors = F._eigh
     inverses = 1 / (values + dampings[:, None])  # (D, R)
     rows = F.sample_of_row.argsort(stable=True)
     counts = F.sample_of_row.bincount(minlength=F.num_samples)
@@ -267,7 +285,7 @@ def from_rows(F: GramOperator, value: Tensor, rows: Tensor) -> Estimate:
         UnsupportedError: If F is a sum of measurements.
     """
     n = F.num_samples
-    influence = of_samples(F, rows)
+    influence = of_samples(F, rows).double()  # their squares may be small
     variance = influence.var(dim=0) / n if n > 1 else torch.full_like(value, torch.inf)
     return Estimate(value, {"samples": variance}, num_samples=n)
 

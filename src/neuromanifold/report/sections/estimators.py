@@ -25,9 +25,9 @@ def estimator_choice(analysis: Analysis) -> Section | None:
     """What each estimator costs, how far off it is, and what is recommended."""
     found = analysis.get("estimators")
     rows = [row for row in found["rows"] if row["relative_error"]] if found else []
-    if not found or not rows:
-        return None
     whole = next((row["group"] for row in rows if row["kind"] == "model"), None)
+    if not found or whole is None:  # nothing to compare, or no estimator is off
+        return None
     advice = {each["group"]: each for each in found["advice"]}
     groups = [row for row in rows if row["estimator"] == rows[0]["estimator"]]
     layers = [row for row in groups if row["kind"] == "layer"]
