@@ -96,7 +96,8 @@ class _Run:
         contestant = CONTESTANTS[name]
         self.problem, self.steps = problem, steps
         self.model = problem.model().train()
-        self.optimizers = contestant.build(self.model, problem.likelihood, lr)
+        options = dict(problem.options) if contestant.curvature else {}
+        self.optimizers = contestant.build(self.model, problem.likelihood, lr, **options)
         schedule = _rise_and_fall(steps)
         self.schedulers = [LambdaLR(optimizer, schedule) for optimizer in self.optimizers]
         self.batches = problem.batches(torch.Generator().manual_seed(seed))

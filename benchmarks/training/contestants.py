@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
@@ -21,7 +22,8 @@ GRID = (1.0, 10**0.5, 10**-0.5, 10.0)
 REFERENCE = "AdamW"
 """Whose final value the others are to reach."""
 
-Build = Callable[[nn.Module, Likelihood, float], list[Optimizer]]
+Build = Callable[..., list[Optimizer]]
+"""`build(model, likelihood, lr, **options of the problem)`."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Contestant:
 
     Attributes:
         lr: the middle of its learning rates.
-        build: `build(model, likelihood, lr)`.
+        build: makes it.
         curvature: whether it measures the Fisher matrix; it then gets `share` of the steps.
     """
 
@@ -64,10 +66,14 @@ def soap(model: nn.Module, _: Likelihood, lr: float) -> list[Optimizer]:
 
 
 def ours(
-    preset: Callable[..., Optimizer], model: nn.Module, likelihood: Likelihood, lr: float
+    preset: Callable[..., Optimizer],
+    model: nn.Module,
+    likelihood: Likelihood,
+    lr: float,
+    **options: Any,
 ) -> list[Optimizer]:
-    """A preset with its defaults."""
-    return [preset(model, likelihood, lr=lr)]
+    """A preset with its defaults, but for what the problem asks for."""
+    return [preset(model, likelihood, lr=lr, **options)]
 
 
 CONTESTANTS = {
@@ -75,9 +81,9 @@ CONTESTANTS = {
     "SGD": Contestant(0.03, sgd),
     "Muon": Contestant(6e-3, muon),
     "SOAP": Contestant(6e-3, soap),
-    "kfac": Contestant(0.1, partial(ours, nm.optim.kfac), curvature=True),
-    "ekfac": Contestant(0.1, partial(ours, nm.optim.ekfac), curvature=True),
-    "unitwise": Contestant(0.1, partial(ours, nm.optim.unitwise), curvature=True),
-    "quasidiagonal": Contestant(0.1, partial(ours, nm.optim.quasidiagonal), curvature=True),
-    "diagonal": Contestant(0.1, partial(ours, nm.optim.diagonal), curvature=True),
+    "kfac": Contestant(0.15, partial(ours, nm.optim.kfac), curvature=True),
+    "ekfac": Contestant(0.15, partial(ours, nm.optim.ekfac), curvature=True),
+    "unitwise": Contestant(0.15, partial(ours, nm.optim.unitwise), curvature=True),
+    "quasidiagonal": Contestant(0.15, partial(ours, nm.optim.quasidiagonal), curvature=True),
+    "diagonal": Contestant(0.15, partial(ours, nm.optim.diagonal), curvature=True),
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -72,6 +73,7 @@ class Problem:
         bar: for `nm.optim.kfac`.
         evaluated: samples, at most, of each part that an evaluation takes.
         without: contestants that cannot take part, with the reason.
+        options: of the optimizers that measure curvature, where they are not the defaults.
     """
 
     title: str
@@ -86,6 +88,7 @@ class Problem:
     bar: Bar
     evaluated: int = 2000
     without: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole batches of shuffled epochs, without end."""
@@ -246,7 +249,7 @@ PROBLEMS = {
         digits,
         batch_size=64,
         steps=22 * 20,  # 20 epochs
-        share=0.5,
+        share=0.25,
         judged="accuracy",
         bar=Bar(steps=0.5, seconds=1.0),
     ),
@@ -258,7 +261,7 @@ PROBLEMS = {
         digits,
         batch_size=64,
         steps=22 * 20,
-        share=0.5,
+        share=0.25,
         judged="accuracy",
         bar=Bar(steps=0.5, seconds=1.0),
         without=(("Muon", "torch.optim.Muon takes matrices, and there are none between layers"),),
@@ -271,11 +274,12 @@ PROBLEMS = {
         curves,
         batch_size=250,
         steps=1000,
-        share=0.2,
+        share=0.08,
         judged="train",
         bar=Bar(steps=0.2, seconds=0.5),
         evaluated=CURVES_TESTED,
         without=(("unitwise", "the blocks of its wide units take 1.7 GB"),),
+        options=(("line", True), ("kl_max", None)),
     ),
     "gpt": Problem(
         "character GPT, 2 layers of width 64, T=64, N=16",

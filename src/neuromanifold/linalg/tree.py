@@ -24,6 +24,8 @@ __all__ = ["Block", "Layout", "Slot", "Vector"]
 
 Vector: TypeAlias = Params | Tensor
 
+_IN_ORDER = tuple(range(16))
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -160,6 +162,24 @@ class Slot:
     view: tuple[int, ...]
     order: tuple[int, ...]
 
+    def ordered(self, parameter: Tensor) -> Tensor:
+        """With group and fan-out axes first."""
+        if self._is_plain:
+            return parameter
+        return parameter.reshape(self.view).permute(self.order)
+
+    def restored(self, columns: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `ordered`, from columns that belong to it."""
+        if self._is_plain:
+            return columns.reshape(shape)
+        permuted = columns.reshape([self.view[i] for i in self.order])
+        inverse = [self.order.index(i) for i in range(len(self.view))]
+        return permuted.permute(inverse).reshape(shape)
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.order == _IN_ORDER[: len(self.order)]
+
     @classmethod
     def plain(cls, parameter: str, groups: int, fan_out: int, columns: int) -> Slot:
         """A parameter stored as `(G·O, columns)`, like the weight of Linear and of convolutions."""
@@ -233,24 +253,26 @@ class Block:
 
     def join(self, params: Params) -> Tensor:
         """The block's parameters, by name, as one `(1, G, O, I)`."""
-        parts = [
-            params[slot.parameter].reshape(slot.view).permute(slot.order) for slot in self.slots
+        parts = self.columns(params)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def columns(self, params: Params) -> list[Tensor]:
+        """The block's parameters, by name, each `(1, G, O, columns)`: views where possible."""
+        shape = (1, self.groups, self.fan_out)
+        return [
+            slot.ordered(params[slot.parameter]).reshape(*shape, slot.columns)
+            for slot in self.slots
         ]
-        shaped = [
-            part.reshape(1, self.groups, self.fan_out, slot.columns)
-            for slot, part in zip(self.slots, parts, strict=True)
-        ]
-        return shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=-1)
 
     def divide(self, value: Tensor, like: Params) -> Params:
         """The inverse of `join`: `(1, G, O, I)` by name, in the shapes of `like`."""
-        found = {}
-        parts = value.split([slot.columns for slot in self.slots], dim=-1)
-        for slot, part in zip(self.slots, parts, strict=True):
-            permuted = part.reshape([slot.view[i] for i in slot.order])
-            inverse = [slot.order.index(i) for i in range(len(slot.view))]
-            found[slot.parameter] = permuted.permute(inverse).reshape(like[slot.parameter].shape)
-        return found
+        parts = [value]
+        if len(self.slots) > 1:
+            parts = list(value.split_with_sizes([slot.columns for slot in self.slots], dim=-1))
+        return {
+            slot.parameter: slot.restored(part, like[slot.parameter].shape)
+            for slot, part in zip(self.slots, parts, strict=True)
+        }
 
     def restrict(self, names: Iterable[str]) -> tuple[Block, list[int]] | None:
         """The block with some of its parameters, and the fan-in columns that stay."""

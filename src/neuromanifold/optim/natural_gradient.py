@@ -81,8 +81,8 @@ class NaturalGradient(torch.optim.Optimizer):
         params: Iterable[Any],
         preconditioner: Preconditioner,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
+        lr: float = 0.15,
+        momentum: float = 0.5,
         weight_decay: float = 0.0,
         kl_max: float | None = 1.0,
         adamw_lr: float = 1e-3,
@@ -177,8 +177,12 @@ class NaturalGradient(torch.optim.Optimizer):
             norms = torch._foreach_norm(list(other.values()))
             fine = fine & torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())
         self._skipped = self._skipped + (~fine).long()
-        # What asks for the quadratic model waits for the device anyway.
-        if not (self.line or adapts) or bool(fine):
+        # A look at the processor's own memory costs nothing, and who asks for the quadratic model
+        # waits for the device anyway.
+        looks = fine.device.type == "cpu" or self.line or adapts
+        if not looks or bool(fine):
+            if not looks:
+                directions = {name: torch.where(fine, d, 0) for name, d in directions.items()}
             steps = self._steps(natural, directions, inner, fine)
             predicted = self._predicted(natural, steps) if adapts else 0.0
             for group in self.param_groups:
@@ -213,7 +217,7 @@ class NaturalGradient(torch.optim.Optimizer):
             for p in group["params"]
         }
         other = {n: g for n, g in gradients.items() if n in without or not pre.expects(n)}
-        natural = {n: g for n, g in gradients.items() if n not in other}
+        natural = {n: g for n, g in gradients.items() if n not in other} if other else gradients
         missing = [name for name in natural if name not in pre.covered]
         # Some checkpointing tools take a step with zero gradients to fill the state.
         if missing and not pre.missed and any(bool(natural[name].any()) for name in missing):
@@ -224,15 +228,19 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"or a compiled model that had run before, make the optimizer of what you call; "
                 f"or measure by optimizer.preconditioner.measure(data)."
             )
-        ready = not (missing and pre.missed)
-        return {n: g for n, g in natural.items() if n in pre.covered}, other, ready
+        if not missing:
+            return natural, other, True
+        return {n: g for n, g in natural.items() if n in pre.covered}, other, not pre.missed
 
     def _inner(self, gradients: Params, directions: Params) -> Tensor:
         """`gᵀ d`, a scalar tensor."""
-        products = [(gradients[name] * d).sum() for name, d in directions.items()]
-        if not products:
+        if not directions:
             return torch.zeros((), device=self.param_groups[0]["params"][0].device)
-        return torch.stack([product.to(_wide(product)) for product in products]).sum()
+        products = torch._foreach_mul(
+            [gradients[name] for name in directions], [*directions.values()]
+        )
+        sums = [product.sum(dtype=_wide(product)) for product in products]
+        return torch.stack(sums).sum()
 
     def _shortened(self, group: Group, inner: Tensor) -> Tensor:
         """What the natural gradient is multiplied by to stay inside the trust region.
@@ -253,7 +261,7 @@ class NaturalGradient(torch.optim.Optimizer):
             named = {self._names[p]: p for p in group["params"] if self._names[p] in directions}
             if named:
                 shortened = torch.where(fine, self._shortened(group, inner), 0)
-                fresh = [torch.where(fine, directions[name], 0) for name in named]
+                fresh = [directions[name] for name in named]
                 averaged = self._averaged(group, list(named.values()), fresh, shortened, fine)
                 steps.update(zip(named, averaged, strict=True))
         return steps
@@ -304,7 +312,9 @@ class NaturalGradient(torch.optim.Optimizer):
         torch._foreach_addcmul_(means, directions, [fresh * shortened] * len(means))
         torch._foreach_mul_(weights, 1 - fresh)
         torch._foreach_add_(weights, fresh)
-        lengths = [-lr * taken / weight.clamp(min=_TINY) for weight in weights]
+        lengths = torch._foreach_clamp_min(weights, _TINY)
+        torch._foreach_reciprocal_(lengths)
+        torch._foreach_mul_(lengths, -lr * taken)
         return list(zip(means, lengths, strict=True))
 
     def _move(self, group: Group, steps: Steps, fine: Tensor) -> None:

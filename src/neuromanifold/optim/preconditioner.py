@@ -94,7 +94,7 @@ class Preconditioner:
         relative: Number = 0.0,
         per: Literal["position", "sample"] = "position",
         schedule: Schedule | None = None,
-        decay: float = 0.95,
+        decay: float = 0.8,
         fraction: float = 1.0,
         split: bool = True,
         params: Iterable[str] | None = None,

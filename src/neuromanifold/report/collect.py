@@ -182,7 +182,10 @@ def collect(
         "effective_dimension": _effective_dimensions(exact, values),
         "estimators": estimators,
         "coverage": exact.coverage.to_list(),
-        "timing": {"seconds": time.perf_counter() - started},
+        "timing": {
+            "seconds": time.perf_counter() - started,
+            "estimators": None if estimators is None else estimators.pop("cost"),
+        },
         "notes": notes,
     }
 

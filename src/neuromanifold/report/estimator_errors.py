@@ -43,7 +43,8 @@ def estimator_errors(
         notes: where is said why estimators were not compared.
 
     Returns:
-        Rows by group and estimator, and advice by group; None if they were not compared.
+        Rows by group and estimator, advice by group, and the cost of each estimator in forward and
+        backward passes, which is timed; None if they were not compared.
     """
     if num_rows > MOST_ROWS or num_rows * num_parameters > MOST_ENTRIES:
         notes.append(
@@ -67,6 +68,7 @@ def estimator_errors(
             }
             for advice in found.advice
         ],
+        "cost": {row.estimator: finite(row.cost) for row in found.rows if row.kind == "model"},
     }
 
 
@@ -77,7 +79,6 @@ def _plain(row: Row) -> dict[str, Any]:
         "kind": row.kind,
         "estimator": row.estimator,
         "sweeps": row.sweeps,
-        "cost": finite(row.cost),
         "trace": row.trace,
         "relative_error": finite(row.stderr.median),
         "relative_error_of_draws": finite(row.draws.median),

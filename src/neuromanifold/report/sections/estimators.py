@@ -53,6 +53,7 @@ def estimator_choice(analysis: Analysis) -> Section | None:
             f"table has all."
         )
     says = _say([row for row in rows if row["group"] == whole])
+    cost = analysis["timing"].get("estimators") or {}
     table = Table(
         "Estimators by layer: relative standard error of the median entry of the diagonal",
         (
@@ -66,7 +67,7 @@ def estimator_choice(analysis: Analysis) -> Section | None:
             "of draws",
             "of draws, at most",
         ),
-        [_cells(row, advice.get(row["group"])) for row in rows],
+        [_cells(row, advice.get(row["group"]), cost) for row in rows],
         num_names=3,
     )
     return Section(
@@ -80,14 +81,14 @@ def estimator_choice(analysis: Analysis) -> Section | None:
     )
 
 
-def _cells(row: Analysis, advice: Analysis | None) -> list[str]:
+def _cells(row: Analysis, advice: Analysis | None, cost: Analysis) -> list[str]:
     chosen = advice is not None and advice["estimator"] == row["estimator"]
     return [
         layer_name(row["group"]),
         row["estimator"],
         advice["reason"] if advice is not None and chosen else "",
         f"{row['sweeps']:,}",
-        quantity(row["cost"]),
+        quantity(cost.get(row["estimator"])),
         quantity(row["trace"]),
         *(
             percent(row[name])
