@@ -602,6 +602,26 @@ def test_dropout_in_training_mode(raw_parameter) -> None:
     torch.testing.assert_close(measured.to_dense(), plain_fisher(net, nm.Categorical(), x))
 
 
+def test_dropout_beside_an_embedding_of_positions() -> None:
+    """Its output has no samples, which a second run shows: with the masks of the first."""
+
+    def forward(net: Net, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1])[None]
+        return net.b(net.drop(net.a(tokens) + net.p(positions)).tanh())
+
+    layers = {"a": nn.Embedding(7, 6), "p": nn.Embedding(5, 6), "b": nn.Linear(6, 3)}
+    net, tokens = Net(forward, drop=nn.Dropout(0.5), **layers), torch.randint(7, (N, 5))
+    seed = torch.get_rng_state()
+    measured = nm.fisher(net, nm.Categorical(), tokens, nm.Dense(), estimator=nm.Exact())
+    after = torch.get_rng_state()
+    torch.set_rng_state(seed)
+    mask = net.drop(torch.ones(N, 5, 6))
+    assert torch.equal(torch.get_rng_state(), after)
+    assert measured.coverage["p.weight"].rule != "generic"
+    net.drop = Net(lambda _, x: x * mask)
+    torch.testing.assert_close(measured.to_dense(), plain_fisher(net, nm.Categorical(), tokens))
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_gradients_switched_off_by_the_caller(context) -> None:
     model = nn.Sequential(nn.Linear(4, 6), Unknown(6), nn.Linear(6, 3))

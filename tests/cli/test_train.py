@@ -65,6 +65,14 @@ def regression():
     return nn.Linear(4, 1), nm.Gaussian(), (x, x.sum(1, keepdim=True))
 
 
+def rows():
+    return nn.Linear(4, 3), nm.Categorical(), (x[:60], y[:60])
+
+
+def sequences():
+    return nn.Linear(4, 3), nm.Categorical(), (x[:60].reshape(12, 5, 4), y[:60].reshape(12, 5))
+
+
 def broken_sample():
     bad = x.clone()
     bad[3] = float("nan")
@@ -137,7 +145,7 @@ def test_what_a_run_holds(folder: Path) -> None:
         assert run["test_loss"] == run["history"][-1]["loss"]
         assert 0 <= run["test_accuracy"] <= 1
         assert sorted(point["seconds"] for point in run["curve"])[-1] == run["seconds"]
-    assert (natural["lr"], plain["lr"]) == (0.1, 0.01)
+    assert (natural["lr"], plain["lr"]) == (0.15, 0.01)
     assert not plain["scalars"]
     assert natural["scalars"][-1].keys() >= {"kl", "damping", "curvature_share", "trace/0"}
 
@@ -163,6 +171,14 @@ def test_without_test_data_the_training_loss_counts(folder: Path) -> None:
     assert found["runs"][0]["test_loss"] is None
     assert found["runs"][0]["train_loss"] == found["runs"][0]["history"][-1]["loss"]
     assert "with a train loss of" in train("without_test", *BOTH).stdout
+
+
+def test_the_mean_over_positions_is_minimised(folder: Path) -> None:
+    """So that a learning rate means the same for sequences of any length."""
+    whole = ["--optimizer", "sgd", "--batch-size", "60"]
+    (rows,), (sequences,) = (result(of, *whole)["runs"] for of in ("rows", "sequences"))
+    assert sequences["train_loss"] == pytest.approx(5 * rows["train_loss"], rel=1e-5)
+    assert sequences["train_accuracy"] == rows["train_accuracy"]
 
 
 def test_targets_that_are_no_classes_have_no_accuracy(folder: Path) -> None:

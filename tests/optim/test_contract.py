@@ -300,7 +300,8 @@ def test_tied_weights_have_one_step() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_language_model_of_hugging_face_is_called_with_labels() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_language_model_of_hugging_face_is_called_with_labels(dropout: float) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         vocab_size=11,
@@ -310,9 +311,9 @@ def test_a_language_model_of_hugging_face_is_called_with_labels() -> None:
         n_head=2,
         bos_token_id=0,
         eos_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
     )
     model = transformers.GPT2LMHeadModel(config)
     opt = optimizer(model, lr=0.3)
@@ -439,6 +440,22 @@ def test_parameters_without_a_rule_follow_adamw() -> None:
     torch.testing.assert_close(moved, torch.full((3,), 0.01), rtol=1e-4, atol=0)
 
 
+def test_a_model_that_no_rule_reads_follows_adamw() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    model, data = Raw(), batch()
+    expected = copy.deepcopy(model)
+    train(model, optimizer(model), data)
+    train(expected, torch.optim.AdamW(expected.parameters(), lr=1e-3, weight_decay=0.0), data)
+    torch.testing.assert_close(model.weight, expected.weight)
+
+
 def test_groups_without_curvature_follow_adamw() -> None:
     model, data = mlp(), batch()
     plain = copy.deepcopy(model)
@@ -493,8 +510,10 @@ def test_a_state_without_curvature_is_measured_anew() -> None:
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"kl_max": 0.0}, "kl_max must be positive, or None"),
         ({"damping": 0.0}, "damping is a positive number"),
-        ({"decay": 1.0}, r"decay is in \[0, 1\)"),
-        ({"fraction": 0.0}, r"fraction of the batch is in \(0, 1\]"),
+        ({"relative": -0.1}, "relative must be at least 0, or a function"),
+        ({"per": "token"}, 'per must be "position" or "sample"'),
+        ({"decay": 1.0}, r"decay must be in \[0, 1\)"),
+        ({"fraction": 0.0}, r"fraction must be in \(0, 1\]"),
         ({"observe": "never"}, '"automatic" or "explicit"'),
     ],
 )

@@ -398,6 +398,43 @@ def test_one_undamped_step_solves_linear_regression():
     assert (model(x) - expected).abs().max() <= 1e-8 * expected.abs().max()
 
 
+@pytest.mark.parametrize("per", ["position", "sample"])
+def test_the_matrix_is_a_mean_over_what_the_loss_is(per):
+    model, x, y = network(3, 4), points(30, 3).reshape(6, 5, 3), torch.randint(4, (6, 5))
+    opt = gram(
+        model,
+        nm.Categorical(),
+        lr=1.0,
+        momentum=0.0,
+        damping=0.1,
+        kl_max=None,
+        estimator=nm.Exact(),
+        per=per,
+    )
+    layout = Layout({name: tuple(p.shape) for name, p in model.named_parameters()})
+    fisher = reference.dense_fisher(model, nm.Categorical(), x, per=per)
+    nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    g = layout.flatten({name: p.grad for name, p in model.named_parameters()})
+    start = layout.flatten(dict(model.named_parameters())).detach()
+    opt.step()
+    moved = layout.flatten(dict(model.named_parameters())).detach() - start
+    expected = -torch.linalg.solve(fisher + 0.1 * torch.eye(len(g), dtype=F64), g)
+    assert (moved - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_measurements_of_others_are_not_part_of_the_batch():
+    model, (x, y) = network(3, 5, 4), batch(seed=0)
+    alone = copy.deepcopy(model)
+    for net in (alone, model):
+        opt = gram(net, nm.Categorical(), estimator=nm.Exact())
+        if net is model:
+            nm.fisher(net, nm.Categorical(), 3 * x, nm.Diagonal())
+        nn.functional.cross_entropy(net(x), y).backward()
+        opt.step()
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("kl_max", [None, 1e-3])
 def test_steps_of_a_batch_are_those_of_a_dense_reference(kl_max):
     model = network(3, 5, 4)

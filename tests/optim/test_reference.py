@@ -255,6 +255,122 @@ def test_a_step_of_kfac_is_a_solve_with_its_own_matrix(
         assert (step - expected).norm() <= rtol * expected.norm() + rounding, matrix.block.name
 
 
+# ---- what the mean is over, and damping by block -----------------------------------------------
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens).tanh())
+
+
+def tagged(size: int, length: int) -> tuple[Tensor, Tensor]:
+    """Sequences of several lengths, padded: from there on targets are ignored."""
+    targets = torch.randint(3, (size, length))
+    ends = torch.arange(size)[:, None] % length
+    return torch.randint(7, (size, length)), targets.masked_fill(torch.arange(length) > ends, -100)
+
+
+def only_blocks(dense: Tensor, model: nn.Module) -> Tensor:
+    """Zero between layers."""
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.children()]
+    return dense * torch.block_diag(*(torch.ones(size, size) for size in sizes))
+
+
+@pytest.mark.parametrize("per", ["position", "sample"])
+def test_uneven_batches_with_ignored_positions_are_the_dense_mean(per: Any) -> None:
+    model, decay, damping = Tagger(), 0.6, 0.05
+    pre = nm.optim.Preconditioner(
+        model,
+        nm.Categorical(),
+        nm.BlockDiagonal(),
+        per=per,
+        decay=decay,
+        damping=damping,
+        estimator=nm.Exact(),
+        schedule=EVERY_STEP,
+        observe="explicit",
+    )
+    gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    total, count = torch.zeros(()), 0.0
+    for shape in ((9, 5), (4, 7), (6, 2)):
+        x, y = tagged(*shape)
+        num = float((y != -100).sum()) if per == "position" else len(x)
+        total = decay * total + num * dense_fisher(model, nm.Categorical(), (x, y), per=per)
+        count = decay * count + num
+        pre.observe(model(x), y)
+        matrix = only_blocks(total / count, model)
+        expected = torch.linalg.solve(matrix + damping * torch.eye(len(matrix)), flat(gradients))
+        torch.testing.assert_close(flat(pre.precondition(gradients)), expected, **TIGHT)
+        pre.advance()
+
+
+def test_the_line_counts_the_positions_that_were_observed() -> None:
+    model, (x, y) = Tagger(), tagged(9, 5)
+    pre = nm.optim.Preconditioner(model, nm.Categorical(), observe="explicit")
+    for _ in range(2):  # with and without a measurement that is due
+        pre.observe(model(x), y)
+        d = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        dense = dense_fisher(model, nm.Categorical(), (x, y), per="position")
+        expected = (flat(d) @ dense @ flat(d)).reshape(1, 1)
+        torch.testing.assert_close(pre.fisher_products([d]), expected, **TIGHT)
+
+
+def test_a_batch_without_observed_positions_is_left_out() -> None:
+    model, (x, y) = Tagger(), tagged(9, 5)
+    pre = nm.optim.Preconditioner(
+        model, nm.Categorical(), schedule=EVERY_STEP, observe="explicit", estimator=nm.Exact()
+    )
+    pre.observe(model(x), y)
+    before = [matrix.dense() for matrix in pre.measured()]
+    pre.advance()
+    with pytest.warns(UserWarning, match="All targets are ignored"):
+        pre.observe(model(x), torch.full_like(y, -100))
+    assert pre.failed == 1
+    for matrix, expected in zip(pre.measured(), before, strict=True):
+        assert torch.equal(matrix.dense(), expected)
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [nm.Kronecker(), nm.EigenKronecker(), nm.UnitWise(), nm.QuasiDiagonal(), nm.Diagonal()],
+    ids=repr,
+)
+def test_relative_damping_follows_the_mean_eigenvalue_of_each_block(structure: Any) -> None:
+    def make() -> nm.optim.Preconditioner:
+        return nm.optim.Preconditioner(
+            model,
+            nm.Categorical(),
+            structure,
+            damping=lambda step: 0.02 + step,
+            relative=lambda step: 0.5 + step,
+            split=False,
+            estimator=nm.Exact(),
+        )
+
+    model = mlp()
+    pre = make()
+    pre.measure(torch.randn(24, 6))
+    gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    found = pre.precondition(gradients)
+    for matrix in pre.measured():
+        dense, names = matrix.dense(), matrix.block.parameters
+        added = 0.02 + 0.5 * float(torch.linalg.eigvalsh(dense).mean())
+        assert [pre.damped[name] for name in names] == pytest.approx([added] * len(names))
+        if not isinstance(structure, nm.EigenKronecker):  # here those of the Kronecker factors
+            joint = matrix.block.join(gradients).flatten()
+            expected = torch.linalg.solve(dense + added * torch.eye(len(dense)), joint)
+            torch.testing.assert_close(matrix.block.join(found).flatten(), expected, **TIGHT)
+    resumed = make()
+    resumed.load_state_dict(copy.deepcopy(pre.state_dict()))
+    assert resumed.damped == pre.damped
+    for name, value in resumed.precondition(gradients).items():
+        assert torch.equal(value, found[name])
+
+
 # ---- the quadratic model -----------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from neuromanifold.capture.generic import (
 )
 from neuromanifold.capture.kernels import differentiable_twice
 from neuromanifold.capture.layout import Plan, Site, plan, unwrap
-from neuromanifold.capture.tape import Tape
+from neuromanifold.capture.tape import Tape, is_measured
 
 __all__ = [
     "Batch",
@@ -29,6 +29,7 @@ __all__ = [
     "check_devices",
     "differentiable_twice",
     "functional_model",
+    "is_measured",
     "logits_of",
     "plan",
     "require_function",

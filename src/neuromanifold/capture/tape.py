@@ -49,10 +49,15 @@ from neuromanifold.capture.layout import Place, Plan
 from neuromanifold.errors import CaptureError
 from neuromanifold.layers import Call, Record, Reporter, record_of_parameter
 
-__all__ = ["Tape"]
+__all__ = ["Tape", "is_measured"]
 
 _MEASURED_BY: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """The thread that has hooks on a model."""
+
+
+def is_measured(model: nn.Module) -> bool:
+    """Whether a tape has hooks on a model now."""
+    return model in _MEASURED_BY
 
 
 class Tape:
@@ -174,6 +179,7 @@ class Tape:
         """Run the batch, with hooks on."""
         self._given = given(self.plan.model, self._batch.inputs)
         self._repeats = self._known.repeats.get(self._given, NO_REPEATS)
+        self._random = _random_states(self.plan.device)
         self._outputs = self._run()
         self._num_samples = self._outputs.shape[0]
 
@@ -425,7 +431,8 @@ class Tape:
 
     def _repeats_change_nothing(self, outputs: Tensor) -> bool:
         """Whether the model gives the same outputs with its present repeats, samples told apart."""
-        self._outputs = self._run()
+        with _replayed(self._random, self.plan.device):  # with the same dropout masks
+            self._outputs = self._run()
         if differ(self._outputs, outputs, self._eps):
             return False
         found, conclusive = self._verify_arrangements()
@@ -510,6 +517,24 @@ def _separate_casts() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a model on a device draws from: the CPU's, and the device's own."""
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *own]
+
+
+@contextlib.contextmanager
+def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Let a model draw again what it drew before, and leave the generators where they are."""
+    forked = [] if device.type == "cpu" else [device]
+    kind = device.type if forked else "cuda"
+    with torch.random.fork_rng(forked, device_type=kind):
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.get_device_module(device).set_rng_state(state, device)
+        yield
 
 
 def _before_views(output: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuromanifold.errors import NonFiniteError
 from neuromanifold.layers import Record
 from neuromanifold.linalg import Block
 from neuromanifold.operators import BlockMatrix
@@ -52,9 +53,12 @@ class Curvature:
         """Add a measurement, and let the earlier ones decay.
 
         Raises:
-            NonFiniteError: If it holds NaN or infinity; then nothing is added.
+            NonFiniteError: If it holds NaN or infinity, or no position counts; then nothing is
+                added.
         """
         sums = self.structure.collect(source)
+        if source.per == "position" and source.num_positions == 0:
+            raise NonFiniteError("All targets are ignored, and the mean over no position is NaN.")
         self.averages.add(sums, source.normaliser, decay)
 
     def matrices(self, blocks: Sequence[Block]) -> list[BlockMatrix]:

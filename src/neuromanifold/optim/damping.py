@@ -7,7 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["LevenbergMarquardt"]
+from neuromanifold.optim.schedules import Number
+
+__all__ = ["LevenbergMarquardt", "check_damping"]
+
+
+def check_damping(damping: Number) -> None:
+    """Refuse a constant that is not positive.
+
+    Raises:
+        ValueError: If it is zero or negative.
+    """
+    if not (callable(damping) or damping > 0):
+        raise ValueError(
+            f"damping is a positive number in nats/parameter², or a function of the step; "
+            f"got {damping!r}."
+        )
 
 
 @dataclass

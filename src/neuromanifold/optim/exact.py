@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from neuromanifold.estimators import Estimator, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import psd
 from neuromanifold.operators import FisherOperator
+from neuromanifold.optim.damping import check_damping
 from neuromanifold.optim.one_group import OneGroup
 from neuromanifold.optim.residuals import GaussNewton
 from neuromanifold.optim.schedules import Number, at_step
-from neuromanifold.optim.watch import Observer, as_batch, is_data_parallel, undisturbed
+from neuromanifold.optim.watch import Observer, as_batch, in_training, is_data_parallel, undisturbed
 from neuromanifold.structures import Gram
 from neuromanifold.structures.gram import GramOperator
 
@@ -41,7 +42,7 @@ class ExactNaturalGradient(OneGroup):
     of parameters if they are fewer. Batches are normalised with their running statistics while F
     is measured.
 
-    Where `½ δᵀ F δ`, the KL divergence in nats per sample that δ would bring about, is over
+    Where `½ δᵀ F δ`, the KL divergence in nats per position that δ would bring about, is over
     `kl_max`, it is shortened to that. A step with NaN or infinity is left out, and counted.
 
     Args:
@@ -52,17 +53,18 @@ class ExactNaturalGradient(OneGroup):
         damping: in nats/parameter², positive; a number, or a function of the step. With sampled
             labels it must not be small: where F of the batch vanishes but the gradient does not,
             the step is g/damping. With `nm.Exact()` the gradient lies where F does not vanish.
-        kl_max: nats per sample; None for no limit.
+        kl_max: nats per position (or per sample, as `per` says); None for no limit.
         weight_decay: weights shrink by `lr · weight_decay`.
         estimator: which vectors go back; one sampled label per input by default. `nm.Exact()` for
             few classes.
+        per: what the loss is a mean over, and the matrix with it, as in `nm.optim.Preconditioner`.
         forward: `forward(model, inputs)`, if the model is not called the usual way.
         generator: source of sampled labels; one with a seed of its own by default.
         maximize: not supported.
         differentiable: not supported.
 
     Attributes:
-        kl: of the last step, as the quadratic model has it, in nats per sample.
+        kl: of the last step, as the quadratic model has it, in the unit of `kl_max`.
 
     Raises:
         ValueError: If a number makes no sense.
@@ -92,16 +94,13 @@ class ExactNaturalGradient(OneGroup):
         kl_max: float | None = 1e-2,
         weight_decay: float = 0.0,
         estimator: Estimator | None = None,
+        per: Literal["position", "sample"] = "position",
         forward: Forward | None = None,
         generator: torch.Generator | None = None,
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if not (callable(damping) or damping > 0):
-            raise ValueError(
-                f"damping is a positive number in nats/parameter², or a function of the step; "
-                f"got {damping!r}."
-            )
+        check_damping(damping)
         if not (kl_max is None or kl_max > 0):
             raise ValueError(f"kl_max must be positive, or None, got {kl_max!r}.")
         if not weight_decay >= 0:
@@ -110,6 +109,7 @@ class ExactNaturalGradient(OneGroup):
         self.likelihood = likelihood
         self.damping = damping
         self.estimator = MonteCarlo(1) if estimator is None else estimator
+        self.per = per
         self.forward = forward
         if generator is None:
             generator = torch.Generator(next(self.model.parameters()).device)
@@ -118,7 +118,6 @@ class ExactNaturalGradient(OneGroup):
         self.steps = 0
         self.kl = 0.0
         self._batches: list[Batch] = []
-        self._measuring = False
         defaults = {"lr": lr, "momentum": momentum, "kl_max": kl_max, "weight_decay": weight_decay}
         super().__init__(
             self.model.parameters(), defaults, maximize=maximize, differentiable=differentiable
@@ -131,7 +130,7 @@ class ExactNaturalGradient(OneGroup):
 
     def _called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is about to be called."""
-        if self._measuring or not (self.model.training and torch.is_grad_enabled()):
+        if not in_training(self.model):
             return
         if is_data_parallel(self._watched):
             raise UnsupportedError(
@@ -178,21 +177,18 @@ class ExactNaturalGradient(OneGroup):
             )
 
     def _measured(self, batches: list[Batch], gradients: Params) -> FisherOperator:
-        self._measuring = True
-        try:
-            with undisturbed(self.model):
-                return fisher(
-                    self.model,
-                    self.likelihood,
-                    batches,
-                    Gram(),
-                    estimator=self.estimator,
-                    params=list(gradients),
-                    forward=self.forward,
-                    generator=self.generator,
-                )
-        finally:
-            self._measuring = False
+        with undisturbed(self.model):
+            return fisher(
+                self.model,
+                self.likelihood,
+                batches,
+                Gram(),
+                estimator=self.estimator,
+                params=list(gradients),
+                per=self.per,
+                forward=self.forward,
+                generator=self.generator,
+            )
 
     def _move(self, gradients: Params, matrix: FisherOperator) -> None:
         group, named = self.param_groups[0], dict(self.model.named_parameters())
@@ -225,11 +221,11 @@ class ExactNaturalGradient(OneGroup):
 
     def __getstate__(self) -> dict[str, Any]:
         names = (
-            *("model", "likelihood", "damping", "estimator", "forward", "generator"),
+            *("model", "likelihood", "damping", "estimator", "per", "forward", "generator"),
             *("steps", "kl", "skipped", "_watched"),
         )
         own = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **own, "_batches": [], "_measuring": False}
+        return {**super().__getstate__(), **own, "_batches": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

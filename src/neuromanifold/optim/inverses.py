@@ -243,7 +243,8 @@ def from_state(entry: Mapping[str, Any], device: torch.device) -> Inverse:
         for name, value in entry["tensors"].items()
     }
     matrix = BlockMatrix.kinds[entry["kind"]](Block.from_dict(entry["block"]), **tensors)
-    return matrix if entry["damping"] is None else _Solve(matrix, entry["damping"])
+    damping = entry["damping"]
+    return matrix if damping is None else _Solve(matrix, damping.to(device, copy=True))
 
 
 _FACTORS = ("inputs", "outputs")

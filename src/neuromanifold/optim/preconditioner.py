@@ -24,7 +24,7 @@ from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import Block
 from neuromanifold.operators import BlockMatrix
 from neuromanifold.optim.curvature import curvature_of
-from neuromanifold.optim.damping import LevenbergMarquardt
+from neuromanifold.optim.damping import LevenbergMarquardt, check_damping
 from neuromanifold.optim.inverses import (
     Inverse,
     dampings,
@@ -103,7 +103,8 @@ class Preconditioner:
         reducer: Reducer | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        _check(damping, relative, decay, fraction, observe)
+        check_damping(damping)
+        _check(relative=relative, per=per, decay=decay, fraction=fraction, observe=observe)
         self.model = unwrap(model)
         self.likelihood = likelihood
         self.structure = Kronecker() if structure is None else structure
@@ -176,6 +177,8 @@ class Preconditioner:
     def observe(self, outputs: Any, targets: Tensor | None = None) -> None:
         """Measure on the batch that the model was just called with, if a measurement is due.
 
+        What targets say of ignored positions holds for the line along the step too.
+
         Args:
             outputs: what the model returned; a check that this is the batch.
             targets: for `nm.Empirical()`, or to mark ignored positions.
@@ -183,7 +186,7 @@ class Preconditioner:
         Raises:
             ValueError: If the outputs are of another batch.
         """
-        if self._last is None or not self.is_due:
+        if self._last is None:
             return
         batch = self._last
         rows = len(self.likelihood.canonical(logits_of(outputs)))
@@ -192,12 +195,16 @@ class Preconditioner:
                 f"The outputs have {rows} rows, but the model was last called with "
                 f"{batch.num_samples} samples. Call observe right after outputs = model(inputs)."
             )
-        self.measure(batch if targets is None else replace(batch, targets=targets))
+        if targets is not None:
+            self._last = batch = replace(batch, targets=targets)
+        if self.is_due:
+            self.measure(batch)
 
     def measure(self, data: Any) -> None:
         """Measure now, on any data that `nm.fisher` takes, and invert if that is due.
 
-        A measurement with NaN or infinity is left out, counted in `failed`, and warned of.
+        A measurement with NaN or infinity, or in which no position counts, is left out, counted in
+        `failed`, and warned of.
         """
         started = time.perf_counter()
         try:
@@ -220,6 +227,10 @@ class Preconditioner:
         if self._trainable != trainable:
             self._trainable, self._inverted = trainable, None
             self._expected = frozenset(self._followers())
+        if not self._expected:  # all parameters follow AdamW
+            self._blocks, self._measured = [], self.step
+            self._set_inverses([])
+            return
         with self._asked(data) as (_, source):
             if self.fraction < 1:
                 batch, _ = source.data.peek()
@@ -350,7 +361,7 @@ class Preconditioner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`, for the same model and structure."""
+        """The inverse of `state_dict`, for the same model, structure and `per`."""
         device = next(self.model.parameters()).device
         self._curvature.load_state_dict(state["curvature"], device)
         self._set_inverses([from_state(entry, device) for entry in state["inverses"]])
@@ -380,17 +391,13 @@ def _trainable(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _check(damping: Number, relative: Number, decay: float, fraction: float, observe: str) -> None:
-    if not (callable(relative) or relative >= 0):
-        raise ValueError(f"relative damping is at least 0, or a function; got {relative!r}.")
-    if not (callable(damping) or damping > 0):
-        raise ValueError(
-            f"damping is a positive number in nats/parameter², or a function of the step; "
-            f"got {damping!r}."
-        )
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay is in [0, 1), got {decay}.")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction of the batch is in (0, 1], got {fraction}.")
-    if observe not in ("automatic", "explicit"):
-        raise ValueError(f'observe is "automatic" or "explicit", got {observe!r}.')
+def _check(*, relative: Number, per: str, decay: float, fraction: float, observe: str) -> None:
+    for name, value, valid, expected in (
+        ("relative", relative, callable(relative) or relative >= 0, "at least 0, or a function"),
+        ("per", per, per in ("position", "sample"), '"position" or "sample"'),
+        ("decay", decay, 0 <= decay < 1, "in [0, 1)"),
+        ("fraction", fraction, 0 < fraction <= 1, "in (0, 1]"),
+        ("observe", observe, observe in ("automatic", "explicit"), '"automatic" or "explicit"'),
+    ):
+        if not valid:
+            raise ValueError(f"{name} must be {expected}, got {value!r}.")

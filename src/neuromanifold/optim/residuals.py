@@ -13,7 +13,7 @@ from torch import Tensor
 from neuromanifold._typing import Params
 from neuromanifold.errors import NonFiniteError
 from neuromanifold.linalg import Layout, psd
-from neuromanifold.optim.damping import LevenbergMarquardt
+from neuromanifold.optim.damping import LevenbergMarquardt, check_damping
 from neuromanifold.optim.jacobian import (
     Closure,
     Jacobian,
@@ -102,11 +102,7 @@ class GaussNewton(OneGroup):
             )
         self._adaptive = damping is None
         damping = 1e-3 if damping is None else damping
-        if not (callable(damping) or damping > 0):
-            raise ValueError(
-                f"damping is a positive number in nats/parameter², or a function of the step; "
-                f"got {damping!r}."
-            )
+        check_damping(damping)
         self.damping = damping
         self.tries = tries
         self.steps = 0

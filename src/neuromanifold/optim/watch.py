@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from neuromanifold.capture import Batch
-from neuromanifold.capture.tape import _MEASURED_BY
+from neuromanifold.capture import Batch, is_measured
 
 __all__ = ["Observer", "as_batch", "in_training", "is_data_parallel", "undisturbed"]
 
@@ -87,7 +86,7 @@ def in_training(model: nn.Module) -> bool:
     return (
         model.training
         and torch.is_grad_enabled()
-        and model not in _MEASURED_BY
+        and not is_measured(model)
         and all(isinstance(p, nn.Parameter) for p in model.parameters())
     )
 

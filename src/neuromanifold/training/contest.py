@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neuromanifold._estimate import plain
 from neuromanifold._progress import reporting
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.training.entries import Entry
@@ -90,7 +90,7 @@ def compare_optimizers(
                     _warm_up(problem, settings)
                 with reporting(progress, _title(run)) as report:
                     run.train(stop=stop, report=report)
-                found = _plain(run.result())
+                found = plain(run.result())
                 say(f"{_title(run)}: {_outcome(found)}")
                 runs.append(found)
                 described = described or _described(problem, run)
@@ -180,12 +180,3 @@ def _warnings(found: dict[str, Any], *, short: bool = False) -> list[str]:
     if short:
         return lines
     return [f"{found['optimizer']}, seed {found['seed']}: {line}." for line in lines]
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None stands for them."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -172,7 +172,10 @@ class Run:
             self.optimizer.zero_grad()
             outputs = self.likelihood.canonical(logits_of(call_model(self.model, inputs)))
             loss = self.likelihood.loss(outputs, targets)
-            loss.backward()
+            # The mean over positions is minimised, as losses of torch are: learning rates and
+            # curvature are in that unit.
+            positions = self.likelihood.num_positions(outputs, targets).clamp(min=1)
+            (loss * (len(outputs) / positions)).backward()
             return loss
 
         loss: Any = self.optimizer.step(closure)  # type: ignore[arg-type]  # floats, it says
