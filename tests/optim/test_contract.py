@@ -47,7 +47,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def optimizer(model: nn.Module, **options: Any) -> nm.optim.NaturalGradient:
-    options = {"lr": 0.1, "generator": seeded(), **options}
+    options = {"lr": 0.1, "weight_decay": 0.0, "generator": seeded(), **options}
     return nm.optim.kfac(model, nm.Categorical(), **options)
 
 
@@ -316,7 +316,7 @@ def test_a_language_model_of_hugging_face_is_called_with_labels(dropout: float) 
         attn_pdrop=dropout,
     )
     model = transformers.GPT2LMHeadModel(config)
-    opt = optimizer(model, lr=0.3)
+    opt = optimizer(model, damping=1e-2)
     tokens = torch.randint(11, (4, 8))
     labels = tokens.masked_fill(torch.arange(8) < 2, -100)
     losses = []

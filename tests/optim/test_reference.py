@@ -235,7 +235,15 @@ def test_a_step_of_kfac_is_a_solve_with_its_own_matrix(
 ) -> None:
     model, damping = build().to(dtype), 0.1
     x, y, classes = classified(model)
-    opt = nm.optim.kfac(model, nm.Categorical(), lr=1.0, momentum=0.0, kl_max=None, damping=damping)
+    opt = nm.optim.kfac(
+        model,
+        nm.Categorical(),
+        weight_decay=0.0,
+        lr=1.0,
+        momentum=0.0,
+        kl_max=None,
+        damping=damping,
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     outputs = model(x if not x.is_floating_point() else x.to(dtype))
     functional.cross_entropy(outputs.reshape(-1, classes), y.flatten()).backward()
@@ -383,6 +391,7 @@ def test_one_step_solves_linear_least_squares(make: Any, line: bool) -> None:
         nm.Gaussian(),
         lr=1.0,
         momentum=0.0,
+        weight_decay=0.0,
         kl_max=None,
         damping=1e-12,
         split=False,
@@ -403,6 +412,7 @@ def test_a_limit_on_the_kl_is_kept_to_rounding_where_the_kl_is_quadratic() -> No
         lr=1.0,
         momentum=0.0,
         kl_max=1e-3,
+        weight_decay=0.0,
         damping=1e-12,
         split=False,
         estimator=nm.Exact(),
@@ -417,7 +427,13 @@ def test_a_limit_on_the_kl_is_kept_to_rounding_where_the_kl_is_quadratic() -> No
 def test_the_line_is_that_of_the_dense_matrix() -> None:
     model, damping = mlp(), 0.05
     opt = nm.optim.kfac(
-        model, nm.Categorical(), line=True, damping=damping, kl_max=None, schedule=EVERY_STEP
+        model,
+        nm.Categorical(),
+        weight_decay=0.0,
+        line=True,
+        damping=damping,
+        kl_max=None,
+        schedule=EVERY_STEP,
     )
     last = None
     for _ in range(4):
@@ -441,7 +457,15 @@ def test_the_line_is_that_of_the_dense_matrix() -> None:
 def test_damping_follows_the_ratio_of_reductions() -> None:
     model = mlp()
     damping = nm.optim.LevenbergMarquardt(0.5, period=2, factor=0.9)
-    opt = nm.optim.kfac(model, nm.Categorical(), lr=0.5, momentum=0.0, damping=damping, kl_max=None)
+    opt = nm.optim.kfac(
+        model,
+        nm.Categorical(),
+        weight_decay=0.0,
+        lr=0.5,
+        momentum=0.0,
+        damping=damping,
+        kl_max=None,
+    )
     values = []
     for i in range(6):
         x, y = torch.randn(20, 6), torch.randint(3, (20,))
@@ -476,7 +500,9 @@ def test_damping_follows_the_ratio_of_reductions() -> None:
 def test_a_batch_with_nan_has_no_quadratic_model_and_no_step(how: str) -> None:
     model, x, y = mlp(), torch.randn(20, 6), torch.randint(3, (20,))
     damping: Any = nm.optim.LevenbergMarquardt(0.5, period=1) if how != "line" else 0.5
-    opt = nm.optim.kfac(model, nm.Categorical(), line=how == "line", damping=damping)
+    opt = nm.optim.kfac(
+        model, nm.Categorical(), weight_decay=0.0, line=how == "line", damping=damping
+    )
 
     def closure() -> Tensor:
         opt.zero_grad()
@@ -502,7 +528,7 @@ def test_a_batch_with_nan_has_no_quadratic_model_and_no_step(how: str) -> None:
 def test_damping_that_adapts_needs_a_closure() -> None:
     model, x, y = mlp(), torch.randn(20, 6), torch.randint(3, (20,))
     damping = nm.optim.LevenbergMarquardt(0.5, period=1)
-    opt = nm.optim.kfac(model, nm.Categorical(), damping=damping)
+    opt = nm.optim.kfac(model, nm.Categorical(), weight_decay=0.0, damping=damping)
     loss_of(model, x, y).backward()
     with pytest.raises(ValueError, match=r"optimizer\.step\(closure\)"):
         opt.step()
@@ -514,7 +540,9 @@ def test_adapted_damping_is_resumed() -> None:
     def make(model: nn.Module) -> nm.optim.NaturalGradient:
         damping = nm.optim.LevenbergMarquardt(0.5, period=1)
         generator = torch.Generator().manual_seed(0)
-        return nm.optim.kfac(model, nm.Categorical(), damping=damping, generator=generator)
+        return nm.optim.kfac(
+            model, nm.Categorical(), weight_decay=0.0, damping=damping, generator=generator
+        )
 
     batches = [(torch.randn(20, 6), torch.randint(3, (20,))) for _ in range(6)]
 
@@ -547,7 +575,11 @@ def test_measurements_and_inversions_have_periods_of_their_own() -> None:
     model = mlp()
     schedule = nm.optim.Schedule(statistics=2, inverses=lambda step: 2 if step < 4 else 4)
     opt = nm.optim.kfac(
-        model, nm.Categorical(), schedule=schedule, damping=lambda step: 0.1 / (1 + step)
+        model,
+        nm.Categorical(),
+        weight_decay=0.0,
+        schedule=schedule,
+        damping=lambda step: 0.1 / (1 + step),
     )
     seen = []
     for _ in range(9):

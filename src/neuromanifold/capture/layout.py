@@ -237,7 +237,10 @@ def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Pa
                 f"[name for name, _ in model.named_parameters()]."
             )
         for pattern in patterns:
-            matching = {name for alias, name in called.items() if fnmatchcase(alias, pattern)}
+            if pattern in called:  # a name: no look at all the others
+                matching = {called[pattern]}
+            else:
+                matching = {name for alias, name in called.items() if fnmatchcase(alias, pattern)}
             found = matching.intersection(trainable)
             if not found and matching.intersection(frozen):
                 raise ValueError(

@@ -90,7 +90,7 @@ class Preconditioner:
         structure: Structure | None = None,
         *,
         estimator: Estimator | None = None,
-        damping: Number = 1e-3,
+        damping: Number = 5e-4,
         relative: Number = 0.0,
         per: Literal["position", "sample"] = "position",
         schedule: Schedule | None = None,

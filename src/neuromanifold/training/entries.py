@@ -68,6 +68,8 @@ class Entry:
         if self.name in NATURAL:
             generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
             options: dict[str, Any] = {"generator": generator}
+            if self.name != "gram":
+                options["weight_decay"] = 0.0
             if self.lr is not None:
                 options["lr"] = self.lr
             if damping is not None:
