@@ -249,7 +249,7 @@ PROBLEMS = {
         digits,
         batch_size=64,
         steps=22 * 20,  # 20 epochs
-        share=0.25,
+        share=0.18,
         judged="accuracy",
         bar=Bar(steps=0.5, seconds=1.0),
     ),

@@ -2,6 +2,7 @@
 
 from neuromanifold.optim.damping import LevenbergMarquardt
 from neuromanifold.optim.exact import ExactNaturalGradient, gram
+from neuromanifold.optim.matrix_free import ImplicitNaturalGradient, implicit
 from neuromanifold.optim.monitoring import Monitor, scalars
 from neuromanifold.optim.natural_gradient import NaturalGradient
 from neuromanifold.optim.preconditioner import Preconditioner
@@ -12,6 +13,7 @@ from neuromanifold.optim.schedules import Schedule
 __all__ = [
     "ExactNaturalGradient",
     "GaussNewton",
+    "ImplicitNaturalGradient",
     "LevenbergMarquardt",
     "Monitor",
     "NaturalGradient",
@@ -21,6 +23,7 @@ __all__ = [
     "diagonal",
     "ekfac",
     "gram",
+    "implicit",
     "kfac",
     "quasidiagonal",
     "scalars",

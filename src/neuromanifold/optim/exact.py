@@ -22,7 +22,7 @@ from neuromanifold.optim.one_group import OneGroup
 from neuromanifold.optim.residuals import GaussNewton
 from neuromanifold.optim.schedules import Number, at_step
 from neuromanifold.optim.watch import Observer, as_batch, in_training, is_data_parallel, undisturbed
-from neuromanifold.structures import Gram
+from neuromanifold.structures import Gram, Structure
 from neuromanifold.structures.gram import GramOperator
 
 __all__ = ["ExactNaturalGradient", "gram"]
@@ -160,7 +160,8 @@ class ExactNaturalGradient(OneGroup):
             self._require_no(gradients)
         elif gradients:
             try:
-                self._move(gradients, self._measured(batches, gradients))
+                with undisturbed(self.model):
+                    self._move(gradients, batches)
             except NonFiniteError:
                 self.skipped += 1
         self.steps += 1
@@ -176,28 +177,42 @@ class ExactNaturalGradient(OneGroup):
                 "the optimizer, pass what you call."
             )
 
-    def _measured(self, batches: list[Batch], gradients: Params) -> FisherOperator:
-        with undisturbed(self.model):
-            return fisher(
-                self.model,
-                self.likelihood,
-                batches,
-                Gram(),
-                estimator=self.estimator,
-                params=list(gradients),
-                per=self.per,
-                forward=self.forward,
-                generator=self.generator,
-            )
+    def _measured(self, batches: list[Batch], names: list[str]) -> FisherOperator:
+        """The matrix of some parameters; products with it, and its solve, are all that is used."""
+        return self._fisher(batches, names, Gram(), self.estimator)
 
-    def _move(self, gradients: Params, matrix: FisherOperator) -> None:
+    def _fisher(
+        self, batches: list[Batch], names: list[str], structure: Structure, estimator: Estimator
+    ) -> FisherOperator:
+        return fisher(
+            self.model,
+            self.likelihood,
+            batches,
+            structure,
+            estimator=estimator,
+            params=names,
+            per=self.per,
+            forward=self.forward,
+            generator=self.generator,
+        )
+
+    def _solved(self, matrix: FisherOperator, v: Tensor, damping: float) -> Tensor:
+        """`(F + damping)⁻¹ v`, by samples or by parameters, whichever are fewer."""
+        assert isinstance(matrix, GramOperator)
+        if matrix.num_rows < matrix.num_parameters:
+            return matrix.solve(v, damping=damping)
+        factor = psd.cholesky(matrix.to_dense(), damping)
+        return torch.cholesky_solve(v[:, None], factor)[:, 0]
+
+    def _move(self, gradients: Params, batches: list[Batch]) -> None:
+        matrix = self._measured(batches, list(gradients))
         group, named = self.param_groups[0], dict(self.model.named_parameters())
         layout = matrix.layout
         params = {name: named[name] for name in layout.names}
         last = layout.flatten({name: self._last_step(p) for name, p in params.items()})
         start = group["momentum"] * last.to(matrix.dtype)
         slope = layout.flatten(gradients).to(matrix.dtype) + matrix @ start
-        step = start - _solve(matrix, slope, at_step(self.damping, self.steps))
+        step = start - self._solved(matrix, slope, at_step(self.damping, self.steps))
         kl = float(matrix.inner(step, step)) / 2
         if not math.isfinite(kl):
             raise NonFiniteError("The step holds NaN or infinity.")
@@ -232,15 +247,6 @@ class ExactNaturalGradient(OneGroup):
         if "_watched" not in state:  # not a copy, but a part of load_state_dict
             return
         self._watch(self._watched)
-
-
-def _solve(matrix: FisherOperator, v: Tensor, damping: float) -> Tensor:
-    """`(F + damping)⁻¹ v`, by samples or by parameters, whichever are fewer."""
-    assert isinstance(matrix, GramOperator)
-    if matrix.num_rows < matrix.num_parameters:
-        return matrix.solve(v, damping=damping)
-    factor = psd.cholesky(matrix.to_dense(), damping)
-    return torch.cholesky_solve(v[:, None], factor)[:, 0]
 
 
 @overload
