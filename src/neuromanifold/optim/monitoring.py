@@ -53,8 +53,8 @@ def scalars(optimizer: Watched, moved: Params | None = None) -> dict[str, float]
         * `kl`: `½ δᵀ F δ` with that matrix for the step δ = `moved`, in nats per position (or
           sample), as `kl_max` is. If `moved` is given and something was measured.
 
-        Of `nm.optim.gram`, which keeps no matrix: `damping`, `skipped`, and `kl` of the last step,
-        by the exact matrix of its batch.
+        Of `nm.optim.gram` and `implicit`, which keep no matrix: `damping`, `skipped`, and `kl` of
+        the last step, by the exact matrix of its batch.
 
     Raises:
         TypeError: If it is another kind of optimizer.

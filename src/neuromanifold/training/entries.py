@@ -23,6 +23,7 @@ NATURAL: dict[str, Preset] = {
     "quasidiagonal": optim.quasidiagonal,
     "diagonal": optim.diagonal,
     "gram": optim.gram,
+    "implicit": optim.implicit,
 }
 """Presets of `nm.optim`, with their own learning rates."""
 
@@ -68,7 +69,7 @@ class Entry:
         if self.name in NATURAL:
             generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
             options: dict[str, Any] = {"generator": generator}
-            if self.name != "gram":
+            if self.name not in ("gram", "implicit"):  # which have none
                 options["weight_decay"] = 0.0
             if self.lr is not None:
                 options["lr"] = self.lr
