@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from neuromanifold._fisher import requested
 from neuromanifold._typing import Params
 from neuromanifold.capture import Batch, Data, Forward, Plan, logits_of, plan, unwrap
-from neuromanifold.capture.arrangement import known_of
 from neuromanifold.distributed import sum_over_ranks
 from neuromanifold.errors import CaptureError, NonFiniteError
 from neuromanifold.estimators import Estimator, MonteCarlo
@@ -214,10 +213,6 @@ class Preconditioner:
         except NonFiniteError as error:
             self.failed += 1
             self._missed = True
-            # Samples are told apart by gradients, and NaN told nothing.
-            known = known_of(self.model)
-            known.arrangements.clear()
-            known.repeats.clear()
             warnings.warn(f"A measurement of curvature was left out: {error}", stacklevel=2)
         finally:
             self.seconds += time.perf_counter() - started
