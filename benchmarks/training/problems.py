@@ -279,7 +279,7 @@ PROBLEMS = {
         bar=Bar(steps=0.2, seconds=0.5),
         evaluated=CURVES_TESTED,
         without=(("unitwise", "the blocks of its wide units take 1.7 GB"),),
-        options=(("line", True), ("kl_max", None)),
+        options=(("line", True), ("kl_max", None), ("damping", 1e-4)),
     ),
     "gpt": Problem(
         "character GPT, 2 layers of width 64, T=64, N=16",
