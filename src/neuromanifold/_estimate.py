@@ -95,10 +95,10 @@ class Estimate:
         Example:
             >>> import torch
             >>> found = Estimate(torch.tensor(10.0), {"data": torch.tensor(9.0)})
-            >>> [f"{float(end):.1f}" for end in found.interval()]
-            ['4.1', '15.9']
-            >>> [f"{float(end):.1f}" for end in found.interval(positive=True)]
-            ['5.6', '18.0']
+            >>> for ends in (found.interval(), found.interval(positive=True)):
+            ...     print(*(f"{float(end):.1f}" for end in ends))
+            4.1 15.9
+            5.6 18.0
         """
         width = quantile(confidence)
         ends = _around_logarithm if positive else _around

@@ -12,9 +12,14 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from neuromanifold.linalg.packed import pack, unpack
+
 __all__ = ["RunningSums"]
 
 Sums = Mapping[str, Mapping[str, Tensor]]
+
+PACKED = "packed:"
+"""Before the names of symmetric matrices, of which half is kept."""
 
 
 class RunningSums:
@@ -29,7 +34,13 @@ class RunningSums:
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.counts: dict[str, float] = {}
 
-    def add(self, sums: Sums, count: float, decay: float) -> None:
+    def add(
+        self,
+        sums: Sums,
+        count: float,
+        decay: float,
+        symmetric: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         """Let what was decay, and add a measurement.
 
         A block whose statistics have changed their shapes starts anew.
@@ -38,7 +49,13 @@ class RunningSums:
             sums: of the measurement; of all blocks that there are now.
             count: samples, or positions.
             decay: of the old sums, in [0, 1).
+            symmetric: which statistics of a block are symmetric matrices, by the last part of
+                their name.
         """
+        sums = {
+            name: _packed(statistics, (symmetric or {}).get(name, ()))
+            for name, statistics in sums.items()
+        }
         for name in self.sums.keys() - sums.keys():  # frozen since
             del self.sums[name], self.counts[name]
         for name, new in sums.items():
@@ -56,6 +73,13 @@ class RunningSums:
                 old[key].mul_(decay).add_(value)
             self.counts[name] = decay * self.counts[name] + count
 
+    def copy(self, name: str) -> dict[str, Tensor]:
+        """The sums of a block, to be written over."""
+        return {
+            key.removeprefix(PACKED): unpack(value) if key.startswith(PACKED) else value.clone()
+            for key, value in self.sums[name].items()
+        }
+
     def state_dict(self) -> dict[str, object]:
         """Tensors and numbers, by name."""
         return {
@@ -72,6 +96,17 @@ class RunningSums:
             for name, kept in state["sums"].items()
         }
         self.counts = {name: float(count) for name, count in state["counts"].items()}  # type: ignore[arg-type]
+
+
+def _packed(statistics: Mapping[str, Tensor], symmetric: tuple[str, ...]) -> dict[str, Tensor]:
+    """With the halves of symmetric matrices; one that is kept by its diagonal has fewer axes."""
+    found = {}
+    for key, value in statistics.items():
+        if key.rpartition(".")[2] in symmetric and value.ndim >= 3:
+            found[PACKED + key] = pack(value)
+        else:
+            found[key] = value
+    return found
 
 
 def _shapes(statistics: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -59,7 +59,8 @@ class Curvature:
         sums = self.structure.collect(source)
         if source.per == "position" and source.num_positions == 0:
             raise NonFiniteError("All targets are ignored, and the mean over no position is NaN.")
-        self.averages.add(sums, source.normaliser, decay)
+        symmetric = {block.name: self.structure.symmetric(block) for block in source.plan.blocks}
+        self.averages.add(sums, source.normaliser, decay, symmetric)
 
     def matrices(self, blocks: Sequence[Block]) -> list[BlockMatrix]:
         """What is inverted, one matrix per block."""
@@ -70,8 +71,8 @@ class Curvature:
         return [self._assemble(block) for block in blocks]
 
     def _assemble(self, block: Block) -> BlockMatrix:
-        # Copies: structures divide their statistics in place.
-        sums = {key: value.clone() for key, value in self.averages.sums[block.name].items()}
+        # A copy: structures divide their statistics in place.
+        sums = self.averages.copy(block.name)
         return self.structure.assemble(block, sums, self.averages.counts[block.name])
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,6 +160,9 @@ class _Along(AdditiveStructure):
     def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> BlockMatrix:
         factors = {key: value for key, value in statistics.items() if key != ALONG}
         return self._kronecker.assemble(block, factors, normaliser)
+
+    def symmetric(self, block: Block) -> tuple[str, ...]:
+        return self._kronecker.symmetric(block)
 
     def numel(self, block: Block) -> int:
         return self._kronecker.numel(block) + block.num_parameters

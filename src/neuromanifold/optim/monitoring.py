@@ -65,10 +65,8 @@ def scalars(optimizer: Watched, moved: Params | None = None) -> dict[str, float]
         >>> opt = nm.optim.kfac(model, nm.Categorical(), damping=0.1)
         >>> model(torch.randn(32, 4)).sum().backward()
         >>> opt.step()
-        >>> sorted(scalars(opt))[:4]
-        ['curvature_seconds', 'damping', 'failed', 'skipped']
-        >>> sorted(scalars(opt))[4:]
-        ['top_eigenvalue/0', 'trace/0']
+        >>> print(*sorted(scalars(opt)))
+        curvature_seconds damping failed skipped top_eigenvalue/0 trace/0
     """
     if isinstance(optimizer, ExactNaturalGradient):
         return {
@@ -166,7 +164,7 @@ class Monitor:
         ...     opt.zero_grad()
         ...     torch.nn.functional.cross_entropy(model(x), y).backward()
         ...     opt.step()
-        >>> list(seen), seen[4]["kl"] < 1
+        >>> list(seen), seen[4].get("kl") < 1
         ([1, 2, 4], True)
     """
 

@@ -333,6 +333,13 @@ class AdditiveStructure(Structure):
     def numel(self, block: Block) -> int:
         """How many numbers are kept for a block."""
 
+    def symmetric(self, block: Block) -> tuple[str, ...]:
+        """Statistics that are symmetric matrices, by the last part of their name.
+
+        Who keeps them for long keeps half of each.
+        """
+        return ()
+
     def represent(self, block: Block) -> tuple[str, bool, str]:
         """Coverage of a block: name of the structure, whether it is exact, a note."""
         return type(self).__name__, True, ""

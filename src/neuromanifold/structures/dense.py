@@ -99,6 +99,10 @@ class BlockDiagonal(AdditiveStructure):
         """Their mean."""
         return Matrices(block, statistics["moment"][None].div_(normaliser))
 
+    def symmetric(self, block: Block) -> tuple[str, ...]:
+        """The block."""
+        return ("moment",)
+
     def numel(self, block: Block) -> int:
         """The square of the layer's parameters."""
         return block.num_parameters**2

@@ -123,6 +123,10 @@ class Kronecker(AdditiveStructure):
             return "Kronecker"
         return "Diagonal" if self.inputs.is_diagonal(block.fan_in) else "UnitWise"
 
+    def symmetric(self, block: Block) -> tuple[str, ...]:
+        """Factors, and the blocks of units."""
+        return "inputs", "outputs", "moments"
+
     def numel(self, block: Block) -> int:
         """Two squares per group."""
         form = self.form(block)

@@ -223,6 +223,10 @@ class PerBlock(AdditiveStructure):
         """That of the block's structure."""
         return self._of(block).assemble(block, statistics, normaliser)
 
+    def symmetric(self, block: Block) -> tuple[str, ...]:
+        """Those of the block's structure."""
+        return self._of(block).symmetric(block)
+
     def numel(self, block: Block) -> int:
         """That of the block's structure."""
         return self._of(block).numel(block)

@@ -34,6 +34,10 @@ class UnitWise(AdditiveStructure):
         """Their mean, units of all groups in one batch."""
         return Matrices(block, statistics["moments"].flatten(0, 1).div_(normaliser))
 
+    def symmetric(self, block: Block) -> tuple[str, ...]:
+        """The blocks."""
+        return ("moments",)
+
     def numel(self, block: Block) -> int:
         """One matrix per unit."""
         return block.num_parameters * block.fan_in
