@@ -603,3 +603,48 @@ def test_a_fraction_of_the_batch_is_measured() -> None:
     whole.measure(x[:4])
     (a,), (b,) = part.measured(), whole.measured()
     torch.testing.assert_close(a.dense(), b.dense(), **TIGHT)
+
+
+def test_the_wide_side_of_a_layer_is_kept_by_its_half() -> None:
+    """Averages, and inverses with over twice the numbers of the layer, are symmetric."""
+
+    def run(model: nn.Module, opt: nm.optim.NaturalGradient, steps: int) -> None:
+        rng = torch.Generator().manual_seed(steps)
+        for _ in range(steps):
+            opt.zero_grad()
+            x = torch.randn(20, 15, generator=rng)
+            loss_of(model, x, torch.randint(3, (20,), generator=rng)).backward()
+            opt.step()
+
+    def make(model: nn.Module) -> nm.optim.NaturalGradient:
+        return nm.optim.kfac(
+            model,
+            nm.Categorical(),
+            weight_decay=0.0,
+            momentum=0.0,
+            lr=1.0,
+            kl_max=None,
+            damping=0.01,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    layer = nn.Linear(15, 3)  # inputs (16, 16), a weight of 48
+    opt = make(layer)
+    run(layer, opt, 3)
+    resumed = copy.deepcopy(layer)
+    other = make(resumed)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    entry = opt.state_dict()["preconditioner"]["preconditioner"]["inverses"][0]
+    assert entry["halved"] == [True, False]
+    assert entry["tensors"]["inputs"].shape == (1, 136)  # of 256
+    (block,) = opt.preconditioner.measured()
+    gradients = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+    found = opt.preconditioner.precondition(gradients)
+    a, b = damped(block.tensors()["inputs"][0], block.tensors()["outputs"][0], 0.01)
+    joined_gradient = torch.cat([gradients["weight"], gradients["bias"][:, None]], dim=1)
+    exact = torch.linalg.solve(b, joined_gradient) @ torch.linalg.inv(a)
+    torch.testing.assert_close(found["weight"], exact[:, :-1])
+    torch.testing.assert_close(found["bias"], exact[:, -1])
+    run(layer, opt, 5)
+    run(resumed, other, 5)
+    assert torch.equal(layer.weight, resumed.weight)

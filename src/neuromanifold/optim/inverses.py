@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neuromanifold._typing import Params
 from neuromanifold.linalg import Block, psd
+from neuromanifold.linalg.packed import pack, unpack
 from neuromanifold.operators import BlockMatrix, Matrices
 from neuromanifold.structures.diagonal import DiagonalMatrix
 from neuromanifold.structures.eigenkronecker import EigenKroneckerMatrix, in_eigenbasis
@@ -54,7 +55,7 @@ def inverses(
         In the order of the matrices.
     """
     return [
-        _by_factors(matrix, damping)
+        _Halved.of(_by_factors(matrix, damping))
         if split and isinstance(matrix, KroneckerMatrix)
         else _inverse(matrix, damping)
         for matrix, damping in zip(matrices, added, strict=True)
@@ -74,6 +75,40 @@ class _Solve:
 
     def matmul(self, x: Tensor) -> Tensor:
         return self.matrix.solve(x, self.damping)
+
+
+@dataclass(frozen=True)
+class _Halved:
+    """A Kronecker product of which a factor with twice the numbers of the block is kept by a half.
+
+    The wide side of a layer that is far from square takes most of the memory. To put it together
+    again in each step costs little beside the rest.
+    """
+
+    block: Block
+    inputs: Tensor
+    outputs: Tensor
+    halved: tuple[bool, bool]
+
+    @classmethod
+    def of(cls, matrix: KroneckerMatrix) -> _Halved | KroneckerMatrix:
+        """As it is, if no factor is wide."""
+        block, factors = matrix.block, (matrix.inputs, matrix.outputs)
+        wide = [f.ndim == 3 and f.numel() > 2 * block.num_parameters for f in factors]
+        if not any(wide):
+            return matrix
+        inputs, outputs = (pack(f) if w else f for f, w in zip(factors, wide, strict=True))
+        return cls(block, inputs, outputs, halved=(wide[0], wide[1]))
+
+    def whole(self) -> KroneckerMatrix:
+        factors = (
+            _aligned(unpack(kept)) if halved else kept
+            for kept, halved in zip((self.inputs, self.outputs), self.halved, strict=True)
+        )
+        return KroneckerMatrix(self.block, *factors)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.whole().matmul(x)
 
 
 @singledispatch
@@ -181,6 +216,11 @@ def _(inverse: KroneckerMatrix, x: Tensor) -> Tensor:
 
 
 @_times.register
+def _(inverse: _Halved, x: Tensor) -> Tensor:
+    return _times(inverse.whole(), x)
+
+
+@_times.register
 def _(inverse: EigenKroneckerMatrix, x: Tensor) -> Tensor:
     outputs, inputs = inverse.outputs, inverse.inputs
     x = x[0] if outputs is None else _along_outputs(outputs.mT, x[0])
@@ -215,6 +255,8 @@ def _aligned(factor: Tensor) -> Tensor:
 
 
 def _some_numbers(inverse: Inverse) -> Tensor:
+    if isinstance(inverse, _Halved):
+        return inverse.inputs
     return next(iter(_matrix(inverse).tensors().values()))
 
 
@@ -226,23 +268,39 @@ def _matrix(inverse: Inverse) -> BlockMatrix:
 
 def to_state(inverse: Inverse) -> dict[str, Any]:
     """Plain numbers and tensors."""
-    matrix = _matrix(inverse)
+    if isinstance(inverse, _Halved):
+        kind, damping, halved = KroneckerMatrix.kind, None, inverse.halved
+        tensors = {"inputs": inverse.inputs, "outputs": inverse.outputs}
+    else:
+        matrix = _matrix(inverse)
+        kind, tensors, halved = matrix.kind, matrix.tensors(), (False, False)
+        damping = inverse.damping if isinstance(inverse, _Solve) else None
     return {
-        "kind": matrix.kind,
-        "block": matrix.block.to_dict(),
-        "tensors": matrix.tensors(),
-        "damping": inverse.damping if isinstance(inverse, _Solve) else None,
+        "kind": kind,
+        "block": inverse.block.to_dict(),
+        "tensors": tensors,
+        "damping": damping,
+        "halved": list(halved),
     }
 
 
 def from_state(entry: Mapping[str, Any], device: torch.device) -> Inverse:
     """The inverse of `to_state`."""
+    block, tensors = Block.from_dict(entry["block"]), entry["tensors"]
+    if any(entry["halved"]):
+        inputs, outputs = (
+            kept.to(device, copy=True) if halved else _aligned(kept.to(device))
+            for kept, halved in zip(
+                (tensors["inputs"], tensors["outputs"]), entry["halved"], strict=True
+            )
+        )
+        return _Halved(block, inputs, outputs, halved=(entry["halved"][0], entry["halved"][1]))
     tensors = {
         # In the same places of memory as before, so that products round the same.
         name: _aligned(value.to(device)) if name in _FACTORS else value.to(device, copy=True)
-        for name, value in entry["tensors"].items()
+        for name, value in tensors.items()
     }
-    matrix = BlockMatrix.kinds[entry["kind"]](Block.from_dict(entry["block"]), **tensors)
+    matrix = BlockMatrix.kinds[entry["kind"]](block, **tensors)
     damping = entry["damping"]
     return matrix if damping is None else _Solve(matrix, damping.to(device, copy=True))
 
