@@ -314,10 +314,12 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
             return model(*inputs)
         return model(inputs)
     except Exception as error:
-        error.add_note(
+        note = (
             f"The model was called with {_described(inputs)}. Give inputs that the "
             f"model takes: a tensor, a tuple for model(*inputs), or a mapping for model(**inputs)."
         )
+        if note not in getattr(error, "__notes__", ()):  # as the same error may pass here twice
+            error.add_note(note)
         raise
 
 
