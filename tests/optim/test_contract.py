@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
@@ -302,7 +303,6 @@ def test_tied_weights_have_one_step() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_language_model_of_hugging_face_is_called_with_labels(dropout: float) -> None:
-    transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         vocab_size=11,
         n_positions=8,
