@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
