@@ -31,9 +31,9 @@ class Options(TypedDict, total=False):
     """What every preset takes, beside the model and the likelihood.
 
     `lr`, `momentum`, `weight_decay`, `kl_max`, `adamw_lr`, `line` and `maximize` are those of
-    `nm.optim.NaturalGradient`; `estimator`, `damping`, `relative`, `per`, `schedule`, `decay`,
-    `fraction`, `split`, `forward`, `observe`, `reducer` and `generator` those of
-    `nm.optim.Preconditioner`.
+    `nm.optim.NaturalGradient`, but that presets decay weights by 0.02 per unit of lr if nothing is
+    said; `estimator`, `damping`, `relative`, `per`, `schedule`, `decay`, `fraction`, `split`,
+    `forward`, `observe`, `reducer` and `generator` those of `nm.optim.Preconditioner`.
 
     Attributes:
         params: parameters or groups of them; all of the model by default.
