@@ -612,7 +612,7 @@ def test_the_wide_side_of_a_layer_is_kept_by_its_half() -> None:
         rng = torch.Generator().manual_seed(steps)
         for _ in range(steps):
             opt.zero_grad()
-            x = torch.randn(20, 15, generator=rng)
+            x = torch.randn(20, 127, generator=rng)
             loss_of(model, x, torch.randint(3, (20,), generator=rng)).backward()
             opt.step()
 
@@ -628,7 +628,7 @@ def test_the_wide_side_of_a_layer_is_kept_by_its_half() -> None:
             generator=torch.Generator().manual_seed(0),
         )
 
-    layer = nn.Linear(15, 3)  # inputs (16, 16), a weight of 48
+    layer = nn.Linear(127, 3)  # inputs (128, 128), a weight of 381
     opt = make(layer)
     run(layer, opt, 3)
     resumed = copy.deepcopy(layer)
@@ -636,7 +636,7 @@ def test_the_wide_side_of_a_layer_is_kept_by_its_half() -> None:
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     entry = opt.state_dict()["preconditioner"]["preconditioner"]["inverses"][0]
     assert entry["halved"] == [True, False]
-    assert entry["tensors"]["inputs"].shape == (1, 136)  # of 256
+    assert entry["tensors"]["inputs"].shape == (1, 8256)  # of 16,384
     (block,) = opt.preconditioner.measured()
     gradients = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
     found = opt.preconditioner.precondition(gradients)

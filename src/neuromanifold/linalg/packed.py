@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "unpack"]
+__all__ = ["WORTH_IT", "pack", "unpack"]
+
+WORTH_IT = 128
+"""Width from which on the memory saved is worth the time."""
 
 
 def pack(matrices: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from neuromanifold.linalg.packed import pack, unpack
+from neuromanifold.linalg.packed import WORTH_IT, pack, unpack
 
 __all__ = ["RunningSums"]
 
@@ -99,10 +99,11 @@ class RunningSums:
 
 
 def _packed(statistics: Mapping[str, Tensor], symmetric: tuple[str, ...]) -> dict[str, Tensor]:
-    """With the halves of symmetric matrices; one that is kept by its diagonal has fewer axes."""
+    """With the halves of wide symmetric matrices; one kept by its diagonal has fewer axes."""
     found = {}
     for key, value in statistics.items():
-        if key.rpartition(".")[2] in symmetric and value.ndim >= 3:
+        wide = value.ndim >= 3 and value.shape[-1] >= WORTH_IT
+        if wide and key.rpartition(".")[2] in symmetric:
             found[PACKED + key] = pack(value)
         else:
             found[key] = value

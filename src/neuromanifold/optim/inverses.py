@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neuromanifold._typing import Params
 from neuromanifold.linalg import Block, psd
-from neuromanifold.linalg.packed import pack, unpack
+from neuromanifold.linalg.packed import WORTH_IT, pack, unpack
 from neuromanifold.operators import BlockMatrix, Matrices
 from neuromanifold.structures.diagonal import DiagonalMatrix
 from neuromanifold.structures.eigenkronecker import EigenKroneckerMatrix, in_eigenbasis
@@ -94,7 +94,10 @@ class _Halved:
     def of(cls, matrix: KroneckerMatrix) -> _Halved | KroneckerMatrix:
         """As it is, if no factor is wide."""
         block, factors = matrix.block, (matrix.inputs, matrix.outputs)
-        wide = [f.ndim == 3 and f.numel() > 2 * block.num_parameters for f in factors]
+        wide = [
+            f.ndim == 3 and f.shape[-1] >= WORTH_IT and f.numel() > 2 * block.num_parameters
+            for f in factors
+        ]
         if not any(wide):
             return matrix
         inputs, outputs = (pack(f) if w else f for f, w in zip(factors, wide, strict=True))
