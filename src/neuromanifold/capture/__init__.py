@@ -16,6 +16,7 @@ from neuromanifold.capture.generic import (
 from neuromanifold.capture.kernels import differentiable_twice
 from neuromanifold.capture.layout import Plan, Site, plan, unwrap
 from neuromanifold.capture.tape import Tape, is_measured
+from neuromanifold.capture.units import UnitTape
 
 __all__ = [
     "Batch",
@@ -24,6 +25,7 @@ __all__ = [
     "Plan",
     "Site",
     "Tape",
+    "UnitTape",
     "buffers_kept",
     "call_model",
     "check_devices",

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -100,7 +100,7 @@ class Tape:
             for place, port in site.ports.items()
         }
 
-    def __enter__(self) -> Tape:
+    def __enter__(self) -> Self:
         thread = threading.get_ident()
         self._nested = self.plan.model in _MEASURED_BY
         if _MEASURED_BY.setdefault(self.plan.model, thread) != thread:

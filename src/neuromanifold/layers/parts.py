@@ -208,6 +208,10 @@ class Part(ABC):
     def per_sample(self) -> Tensor:
         """Per-sample gradients `(V, G, N, O, I)`: memory for V·N copies of the groups."""
 
+    def apart(self) -> Part:
+        """With the positions of a sample as samples of their own."""
+        return self
+
     def squared(self) -> Tensor:
         """Sum over samples and sweeps of the squared per-sample gradients, `(G, O, I)`."""
         return self.per_sample().square().sum(dim=(0, 2))
@@ -248,6 +252,11 @@ class Factored(Part):
     def num_positions(self) -> int:
         """T."""
         return self.g.shape[3]
+
+    def apart(self) -> Factored:
+        """Positions along N."""
+        a = None if self.a is None else self.a.flatten(1, 2)[:, :, None]
+        return Factored(a, self.g.flatten(2, 3)[:, :, :, None], self.biased, self.groups)
 
     @cached_property
     def augmented(self) -> Tensor:
@@ -322,6 +331,10 @@ class Indexed(Part):
     def touched(self) -> Tensor:
         """Where cotangents are not zero."""
         return (self.g != 0).any(dim=3).any(dim=0)
+
+    def apart(self) -> Indexed:
+        """Positions along N."""
+        return Indexed(self.indices.reshape(-1, 1), self.g.flatten(1, 2)[:, :, None], self.num_rows)
 
     @property
     def num_positions(self) -> int:

@@ -1,6 +1,7 @@
 """What a network's output means: scores, samples and output Fisher of `p(y | outputs)`."""
 
 from neuromanifold.likelihoods._base import ColumnCumulants, Likelihood
+from neuromanifold.likelihoods._diagonal import DiagonalLikelihood
 from neuromanifold.likelihoods.bernoulli import Bernoulli
 from neuromanifold.likelihoods.categorical import Categorical
 from neuromanifold.likelihoods.distribution import FromDistribution
@@ -12,6 +13,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "ColumnCumulants",
+    "DiagonalLikelihood",
     "FromDistribution",
     "Gaussian",
     "GaussianMeanVariance",

@@ -260,6 +260,14 @@ class Likelihood(ABC):
         """How many columns `fisher_columns` yields."""
         return sum(1 for _ in self.fisher_columns(self.canonical(outputs)))
 
+    def fisher_diagonal(self, outputs: Tensor) -> Tensor:
+        """Diagonal of the output Fisher of every sample, like `outputs`."""
+        outputs = self.canonical(outputs)
+        total = torch.zeros_like(at_least_float32(outputs))
+        for column in self.fisher_columns(outputs):
+            total += column.square()
+        return total.to(outputs.dtype)
+
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """Output Fisher of every sample times `v`, which may have extra leading axes; like `v`."""
         outputs = self.canonical(outputs)

@@ -53,6 +53,10 @@ class DiagonalLikelihood(Likelihood):
         """How many entries the outputs of one sample have."""
         return self.canonical(outputs)[0].numel()
 
+    def fisher_diagonal(self, outputs: Tensor) -> Tensor:
+        """The information."""
+        return self._information(self.canonical(outputs).detach()).to(outputs.dtype)
+
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """Information times `v`, entry by entry."""
         return (self._information(self.canonical(outputs).detach()) * v).to(v.dtype)

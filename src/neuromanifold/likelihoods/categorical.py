@@ -173,6 +173,11 @@ class Categorical(Likelihood):
         """T·C."""
         return self.canonical(outputs)[0].numel()
 
+    def fisher_diagonal(self, outputs: Tensor) -> Tensor:
+        """`p (1 − p)` at every position."""
+        p = self._probabilities(outputs)
+        return self._back(p * (1 - p), outputs)
+
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """`p ∘ v − p (p · v)` at every position."""
         p = self._probabilities(outputs)

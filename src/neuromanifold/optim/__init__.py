@@ -6,7 +6,15 @@ from neuromanifold.optim.matrix_free import ImplicitNaturalGradient, implicit
 from neuromanifold.optim.monitoring import Monitor, scalars
 from neuromanifold.optim.natural_gradient import NaturalGradient
 from neuromanifold.optim.preconditioner import Preconditioner
-from neuromanifold.optim.presets import Options, diagonal, ekfac, kfac, quasidiagonal, unitwise
+from neuromanifold.optim.presets import (
+    Options,
+    diagonal,
+    ekfac,
+    kfac,
+    quasidiagonal,
+    relative,
+    unitwise,
+)
 from neuromanifold.optim.residuals import GaussNewton
 from neuromanifold.optim.schedules import Schedule
 
@@ -26,6 +34,7 @@ __all__ = [
     "implicit",
     "kfac",
     "quasidiagonal",
+    "relative",
     "scalars",
     "unitwise",
 ]

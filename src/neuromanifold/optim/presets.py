@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from neuromanifold.capture import Forward
 from neuromanifold.estimators import Estimator
-from neuromanifold.likelihoods import Likelihood
+from neuromanifold.likelihoods import DiagonalLikelihood, Gaussian, Likelihood
 from neuromanifold.optim.natural_gradient import NaturalGradient
 from neuromanifold.optim.preconditioner import Preconditioner
 from neuromanifold.optim.schedules import Number, Schedule
@@ -20,11 +20,12 @@ from neuromanifold.structures import (
     Kronecker,
     QuasiDiagonal,
     Reducer,
+    RelativeUnits,
     Structure,
     UnitWise,
 )
 
-__all__ = ["Options", "diagonal", "ekfac", "kfac", "quasidiagonal", "unitwise"]
+__all__ = ["Options", "diagonal", "ekfac", "kfac", "quasidiagonal", "relative", "unitwise"]
 
 
 class Options(TypedDict, total=False):
@@ -66,6 +67,9 @@ class Options(TypedDict, total=False):
 WEIGHT_DECAY = 0.02
 """Of presets, as that of AdamW is not zero: best on digits and a small language model
 (`python -m benchmarks.training`)."""
+
+RELATIVE_DAMPING = 0.01
+"""Of relative metrics, whose scale is that of the inputs and not of the loss (papers.md §1.4)."""
 
 OF_OPTIMIZER = ("lr", "momentum", "weight_decay", "kl_max", "adamw_lr", "line", "maximize")
 
@@ -150,3 +154,43 @@ def diagonal(
 ) -> NaturalGradient:
     """The diagonal of the Fisher matrix alone: the cheapest, and the one to compare with."""
     return _preset(model, likelihood, Diagonal(), options)
+
+
+def relative(
+    model: nn.Module,
+    likelihood: Likelihood,
+    *,
+    response: DiagonalLikelihood | Mapping[str, DiagonalLikelihood] | None = None,
+    wide: Literal["shared", "quasidiagonal"] = "shared",
+    widest: int = 2**22,
+    **options: Unpack[Options],
+) -> NaturalGradient:
+    """Relative natural gradient (RNGD): each unit follows the metric of its own response.
+
+    What the network makes of a response is left out of the metric, so that no gradient goes back to
+    measure it: a measurement is one forward pass.
+
+    Args:
+        model: that is trained.
+        likelihood: what its outputs mean.
+        response: of each unit, given its activation; Gaussian by default. See
+            `nm.structures.RelativeUnits`, also for the next two.
+        wide: what is kept of layers that are too wide for a matrix for each unit.
+        widest: numbers that these matrices of a layer may have.
+        **options: see `nm.optim.Options`. Each block is damped by 0.01 times its mean eigenvalue,
+            unless `relative` says otherwise.
+
+    Source: Sun and Nielsen, arXiv 1606.06069.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        ... )
+        >>> opt = nm.optim.relative(model, nm.Categorical(), lr=0.1)
+        >>> x, y = torch.randn(32, 4), torch.randint(3, (32,))
+        >>> torch.nn.functional.cross_entropy(model(x), y).backward()
+        >>> opt.step()
+    """
+    structure = RelativeUnits(Gaussian() if response is None else response, wide, widest)
+    return _preset(model, likelihood, structure, {"relative": RELATIVE_DAMPING, **options})

@@ -11,6 +11,7 @@ from neuromanifold.structures.kronecker import Kronecker
 from neuromanifold.structures.lowrank import LowRank
 from neuromanifold.structures.policy import auto, per_layer
 from neuromanifold.structures.quasidiagonal import QuasiDiagonal
+from neuromanifold.structures.relative_units import RelativeUnits
 from neuromanifold.structures.unitwise import UnitWise
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Progress",
     "QuasiDiagonal",
     "Reducer",
+    "RelativeUnits",
     "Source",
     "Structure",
     "UnitWise",

@@ -348,6 +348,10 @@ class AdditiveStructure(Structure):
         """Parts of a record that are reduced one after the other."""
         return record.split(RECORD_NUMEL, whole=self.whole_gradients)
 
+    def sweeps(self, source: Source) -> Iterator[Iterator[Record]]:
+        """What the sums run over, batch by batch: the estimator's sweeps."""
+        return source.sweeps()
+
     def collect(self, source: Source) -> dict[str, Statistics]:
         """Stream over the data: sums by block, over all processes.
 
@@ -355,10 +359,10 @@ class AdditiveStructure(Structure):
             NonFiniteError: If one holds NaN or infinity.
         """
         sums: dict[str, Statistics] = {}
-        for records in source.sweeps():
+        for records in self.sweeps(source):
             for record in records:
                 for part in self.split(record):
-                    _accumulate(sums.setdefault(record.block.name, {}), self.statistics(part))
+                    accumulate(sums.setdefault(record.block.name, {}), self.statistics(part))
         blocks = source.plan.blocks  # an order that is the same in all processes
         source.reduce([tensor for block in blocks for tensor in sums[block.name].values()])
         require_finite(sums)
@@ -383,7 +387,8 @@ class AdditiveStructure(Structure):
     """Whether the statistics need per-sample gradients; None: where squaring them does."""
 
 
-def _accumulate(total: Statistics, part: Statistics) -> None:
+def accumulate(total: Statistics, part: Statistics) -> None:
+    """Add to sums that may not have begun."""
     for name, value in part.items():
         if name in total:
             total[name] += value

@@ -41,7 +41,7 @@ from neuromanifold.structures._base import (
     Source,
     Statistics,
     Structure,
-    _accumulate,
+    accumulate,
     require_finite,
 )
 
@@ -317,7 +317,7 @@ def _of_batch(
             if not curved(of_params, parameters, tape.eps, INSTEAD) and label_free:
                 linear.add(block.name)
             else:
-                _accumulate(sums.setdefault(block.name, {}), of_surprise(labelled, record))
+                accumulate(sums.setdefault(block.name, {}), of_surprise(labelled, record))
     if not linear:
         return linear
     columns = exact.cotangents(source.likelihood, outputs, labelled.targets)
@@ -326,5 +326,5 @@ def _of_batch(
             if record.block.name in linear:
                 for part in structure.split(record):
                     statistics = structure.statistics(part)
-                    _accumulate(sums.setdefault(record.block.name, {}), statistics)
+                    accumulate(sums.setdefault(record.block.name, {}), statistics)
     return linear
