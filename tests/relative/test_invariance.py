@@ -12,6 +12,7 @@ import neuromanifold as nm
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.relative.coordinates import input_changed, observed, with_parameters
 from neuromanifold.relative.invariance import check_invariance
+from neuromanifold.relative.responses import Binary
 from neuromanifold.testing import reference
 
 SURROUNDINGS, COORDINATES = "surroundings", "input coordinates"
@@ -217,6 +218,14 @@ def test_inputs_by_name_and_mappings_as_outputs(seeded):
     found = check_invariance(Tagged().double(), data, nm.Gaussian(), generator=seeded)
     assert found.passed
     assert found[COORDINATES].passed
+
+
+def test_binary_responses_have_units_too(seeded):
+    component = nn.Sequential(nn.Linear(6, 3), nn.Tanh()).double()
+    found = check_invariance(component, numbers(9, 6), Binary((-1.0, 1.0)), generator=seeded)
+    assert found.passed, str(found)
+    assert all(check.deviation <= 1e-12 for check in found.checks)
+    assert "2.54" in found[UNIT].note
 
 
 def test_tolerances_are_those_of_the_precision(seeded):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import neuromanifold as nm
-from neuromanifold.errors import CaptureError
+from neuromanifold.errors import CaptureError, UnsupportedError
 from neuromanifold.relative.measure import fisher, of
 from neuromanifold.relative.responses import Binary, Probabilities, Through
 from neuromanifold.testing import reference
@@ -27,10 +29,13 @@ def seeded(build) -> nn.Module:
 
 
 def mlp(*sizes: int, activation=nn.Tanh) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(fan_in, fan_out), activation()]
-    return seeded(lambda: nn.Sequential(*layers[:-1]))
+    def build() -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(sizes):
+            layers += [nn.Linear(fan_in, fan_out), activation()]
+        return nn.Sequential(*layers[:-1])
+
+    return seeded(build)
 
 
 def equal(F, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -151,7 +156,7 @@ def transformer() -> nn.Module:
 
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
-    return seeded(lambda: nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    return seeded(lambda: nn.TransformerEncoder(layer, 2))
 
 
 @pytest.mark.parametrize(
@@ -178,10 +183,30 @@ def test_of_equals_the_oracle_at_the_captured_inputs(build, name, shape, below):
     equal(of(model, name, x, nm.Gaussian(), nm.Dense()), expected)
 
 
-def test_of_a_part_that_a_fused_path_would_not_call():
+def test_of_a_part_that_a_fused_path_would_give_other_inputs():
+    """Without gradients an encoder packs what is not padded, and layers get no plain tensor."""
     model, x = encoder(), randn(4, 3, 4)
-    F = of(model, "layers.1.linear1", x, nm.Gaussian(), nm.Dense())
-    assert F.num_samples == 4
+    padded = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 1], [0, 0, 0]]).bool()
+    given: list[Tensor] = []
+    handle = model.layers[1].register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    model(x, src_key_padding_mask=padded)
+    handle.remove()
+    F = of(
+        model,
+        "layers.1",
+        {"src": x, "src_key_padding_mask": padded},
+        nm.Gaussian(),
+        nm.Dense(),
+    )
+    layer = model.layers[1]
+    expected = fisher(
+        layer,
+        (given[0].detach(), None),
+        nm.Gaussian(),
+        nm.Dense(),
+        forward=lambda m, h: m(h, src_key_padding_mask=padded.double() * -1e9),
+    )
+    equal(F, expected.to_dense())
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -232,9 +257,60 @@ def test_of_a_model_with_its_own_forward():
 
 
 def test_of_in_parts_that_fit():
-    model, x = mlp(4, 5, 3), randn(64, 4)
-    F = of(model, "2", x, nm.Categorical(), max_bytes="1 MiB")
-    equal(F, of(model, "2", x, nm.Categorical()).to_dense())
+    model, x = mlp(4, 200, 3), randn(2000, 4)
+    parts: list[int] = []
+    F = of(
+        model,
+        "2",
+        x,
+        nm.Categorical(),
+        nm.Diagonal(),
+        max_bytes="1 MiB",
+        progress=lambda done, _: parts.append(done),
+    )
+    assert max(parts) > 1
+    expected = of(model, "2", x, nm.Categorical(), nm.Diagonal()).diagonal()
+    assert_close(F.diagonal(), expected)
+
+
+def batches(num: int) -> list[tuple[Tensor, None]]:
+    return [(part, None) for part in randn(4 * num, 4).split(4)]
+
+
+@pytest.mark.parametrize("max_bytes", [None, "1 GiB"])
+def test_of_data_that_can_be_read_once(max_bytes):
+    model = mlp(4, 5, 3)
+    F = of(model, "2", iter(batches(3)), nm.Categorical(), max_bytes=max_bytes)
+    assert F.num_samples == 12
+    equal(F, of(model, "2", batches(3), nm.Categorical()).to_dense())
+
+
+def test_of_data_that_would_have_to_be_read_twice():
+    with pytest.raises(UnsupportedError, match="only once"):
+        of(mlp(4, 5, 3), "2", iter(batches(3)), nm.Categorical(), nm.EigenKronecker())
+
+
+def test_of_shuffled_data_with_drawn_labels_is_refused_where_they_are_read_twice():
+    loader = DataLoader(TensorDataset(randn(8, 4)), batch_size=4, shuffle=True)
+    with pytest.raises(UnsupportedError, match="shuffle"):
+        of(
+            mlp(4, 5, 3),
+            "2",
+            loader,
+            nm.Categorical(),
+            nm.EigenKronecker(),
+            estimator=nm.MonteCarlo(1),
+        )
+
+
+def test_of_runs_the_model_under_the_autocast_of_the_caller():
+    model, x = mlp(4, 5, 3).float(), randn(6, 4).float()
+    seen: list[torch.dtype] = []
+    handle = model[1].register_forward_hook(lambda _, args, __: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        of(model, "2", x, nm.Gaussian())
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_of_leaves_the_model_alone():

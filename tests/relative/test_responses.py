@@ -231,7 +231,7 @@ def test_probabilities_are_the_inverse_along_what_keeps_the_sum():
 # ---- edges ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("estimator", [nm.Exact(), nm.MonteCarlo(2), nm.RandomSigns(2)], ids=repr)
 @pytest.mark.parametrize(
     ("function", "response"),

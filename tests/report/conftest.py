@@ -167,6 +167,10 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
             }
             for d in dampings
         ],
+        "own_metrics": {
+            "layers": own_metrics({layer: size for layer, (_, size, *_) in layers.items()}),
+            "left_out": {},
+        },
         "estimators": {
             "rows": [
                 row
@@ -207,6 +211,32 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
         },
         "notes": [],
     }
+
+
+def own_metrics(sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """One for each layer, as `collect` takes them from `nm.relative.compare`; the last is exact."""
+    *hidden, last = sizes
+    numbers = {
+        name: (0.02 * 8**depth, 0.91 + 0.04 * depth, 0.8 - 0.3 * depth)
+        for depth, name in enumerate(hidden)
+    }
+    numbers[last] = (1.0, 1.0, 0.0)
+    return [
+        {
+            "name": name,
+            "units": 10,
+            "dead": 0,
+            "num_parameters": sizes[name],
+            "factor": {"lower": 0.8 * factor, "median": factor, "upper": 1.3 * factor}
+            if name != last
+            else dict.fromkeys(("lower", "median", "upper"), 1.0),
+            "cosine": {"lower": cosine - 0.02, "median": cosine, "upper": min(cosine + 0.02, 1.0)}
+            if name != last
+            else dict.fromkeys(("lower", "median", "upper"), 1.0),
+            "variation": {"lower": variation, "median": variation, "upper": variation},
+        }
+        for name, (factor, cosine, variation) in numbers.items()
+    ]
 
 
 def estimator_rows(group: str, kind: str, trace: float) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ def test_a_page_answers_every_question(conv_net):
         "How many directions are left once damping is added?",
         "Which approximation fits each layer?",
         "What is lost over the whole network?",
+        "How much does the network make of each unit?",
+        "What does a layer’s own metric see?",
         "How sure is each estimator, and which one should I use?",
         "Was the network trained to the end?",
     ]
@@ -204,8 +206,9 @@ def test_advice_on_training(conv_net, loss, test_accuracy, advice):
         pytest.param({"spectrum": None}, {2, 3}, id="spectrum"),
         pytest.param({"effective_dimension": []}, {3}, id="effective dimension"),
         pytest.param({"whole_errors": {"Kronecker": None}}, {5}, id="whole errors"),
-        pytest.param({"estimators": None}, {6}, id="estimators"),
-        pytest.param({"training": None}, {7}, id="training"),
+        pytest.param({"own_metrics": None}, {6, 7}, id="own metrics"),
+        pytest.param({"estimators": None}, {8}, id="estimators"),
+        pytest.param({"training": None}, {9}, id="training"),
     ],
 )
 def test_what_was_not_measured_is_left_out(conv_net, missing, lost):

@@ -52,7 +52,8 @@ def chain(
 
     A component sees `response` pulled back through the components above it. With all of them its
     Fisher matrix is its block of the whole stack's; where only `depth` of them are kept, the last
-    one kept is taken to respond by `between`.
+    one kept is taken to respond by `between`. For each component the whole stack runs, what is
+    below it and what is above: for L components, about L times what `nm.fisher` of the stack takes.
 
     Args:
         components: from the bottom up, each taking what the one below returns; an `nn.Sequential`
@@ -74,7 +75,7 @@ def chain(
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> from neuromanifold.relative.composition import chain
+        >>> from neuromanifold.relative import chain
         >>> bottom, top = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
         >>> stack = torch.nn.Sequential(bottom, torch.nn.Tanh(), top)
         >>> links = chain(stack, torch.randn(8, 4), nm.Categorical())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def fisher(
     *,
     estimator: Estimator | None = None,
     params: Iterable[str] | None = None,
-    per: Any = "sample",
+    per: Literal["sample", "position"] = "sample",
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     progress: bool | Progress = False,
@@ -66,7 +66,7 @@ def fisher(
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> from neuromanifold.relative.measure import fisher
+        >>> from neuromanifold.relative import fisher
         >>> unit, x = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()), torch.randn(8, 4)
         >>> fisher(unit, x, nm.Gaussian()).blocks[0].matrices.shape
         torch.Size([3, 5, 5])
@@ -98,7 +98,7 @@ def of(
     outputs: Callable[[Any], Any] | None = None,
     estimator: Estimator | None = None,
     params: Iterable[str] | None = None,
-    per: Any = "sample",
+    per: Literal["sample", "position"] = "sample",
     generator: torch.Generator | None = None,
     progress: bool | Progress = False,
     max_bytes: int | str | None = None,
@@ -134,7 +134,7 @@ def of(
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> from neuromanifold.relative.measure import of
+        >>> from neuromanifold.relative import of
         >>> bottom, top = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
         >>> model = torch.nn.Sequential(bottom, torch.nn.ReLU(), top)
         >>> F = of(model, "2", torch.randn(8, 4), nm.Categorical())
@@ -154,9 +154,11 @@ def of(
         returned = module(*args, **kwargs)
         return returned if outputs is None else outputs(returned)
 
+    calls = _Calls(model, name, component, Data(data, model), run)
+    calls.sampler = getattr(data, "sampler", None)
     return fisher(
         component,
-        _Calls(model, name, component, Data(data, model), run),
+        iter(calls) if isinstance(data, Iterator) else calls,  # read once only, as the data are
         response,
         structure,
         estimator=estimator,
@@ -173,7 +175,12 @@ class _Calls:
     """What a model calls one of its parts with: a batch of `(args, kwargs)` for each call.
 
     The model runs anew in every pass, so that no more than one of its batches is kept.
+
+    Attributes:
+        sampler: of the data, which tells whether each pass has another order.
     """
+
+    sampler: Any = None
 
     def __init__(
         self, model: nn.Module, name: str, component: nn.Module, data: Data, run: Forward

@@ -50,7 +50,7 @@ class Binary(DiagonalLikelihood):
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> from neuromanifold.relative.responses import Binary
+        >>> from neuromanifold.relative import Binary
         >>> x, unit = torch.zeros(1, 1), torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Tanh())
         >>> _ = torch.nn.init.zeros_(unit[0].bias)
         >>> F = nm.fisher(unit, Binary((-1, 1)), x, nm.Diagonal(), estimator=nm.Exact())
@@ -83,11 +83,9 @@ class Binary(DiagonalLikelihood):
         """`1 / (μ − a)` at the upper value, `−1 / (b − μ)` at the lower one."""
         mean = self._means(self.canonical(outputs))
         low, high = self.support
-        floor = torch.finfo(mean.dtype).tiny
+        floor = torch.finfo(outputs.dtype).tiny
         upper, lower = (gap.clamp(min=floor).reciprocal() for gap in (mean - low, high - mean))
-        return torch.where(targets.to(mean.device) > (low + high) / 2, upper, -lower).to(
-            outputs.dtype
-        )
+        return torch.where(targets > (low + high) / 2, upper, -lower).to(outputs.dtype)
 
     def sample(
         self, outputs: Outputs, num: int, *, generator: torch.Generator | None = None
@@ -125,11 +123,11 @@ class Binary(DiagonalLikelihood):
         return scaled**4 * ((1 - 6 * spread) / spread)
 
     def _upper_and_spread(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Probability p of the upper value, and `p (1 − p)`, not below the smallest number."""
+        """Probability p of the upper value, and `p (1 − p)`, large enough to be inverted."""
         mean = self._means(outputs)
         low, high = self.support
         p, q = (mean - low) / (high - low), (high - mean) / (high - low)
-        return p, (p * q).clamp(min=torch.finfo(p.dtype).tiny)
+        return p, (p * q).clamp(min=torch.finfo(outputs.dtype).tiny)
 
     def _values(self, labels: Tensor) -> Tensor:
         """From 0 and 1 to the two values."""
@@ -325,7 +323,7 @@ class Probabilities(_PulledBack):
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> from neuromanifold.relative.responses import Probabilities
+        >>> from neuromanifold.relative import Probabilities
         >>> layer = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Softmax(dim=-1))
         >>> x, exact = torch.randn(8, 2), nm.Exact()
         >>> F = nm.fisher(layer, Probabilities(), x, nm.Dense(), estimator=exact)
@@ -357,8 +355,7 @@ class Probabilities(_PulledBack):
 
     def _values(self, outputs: Tensor) -> Tensor:
         """Their logarithms are logits; a probability of zero has a finite one, and no slope."""
-        p = at_least_float32(outputs)
-        return p.clamp(min=torch.finfo(p.dtype).tiny).log()
+        return at_least_float32(outputs).clamp(min=torch.finfo(outputs.dtype).tiny).log()
 
     def _constant(self, outputs: Outputs) -> Tensor:
         self._refuse_no_probabilities(outputs)
@@ -389,7 +386,7 @@ class Through(_PulledBack):
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> from neuromanifold.relative.responses import Through
+        >>> from neuromanifold.relative import Through
         >>> below, above, x = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2), torch.randn(8, 4)
         >>> response = Through(above, nm.Categorical())
         >>> F = nm.fisher(below, response, x, nm.Dense(), estimator=nm.Exact())

@@ -129,7 +129,9 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        lines = [("layer", "units", "dead", "sensitivity", "cosine", "variation")]
+        lines: list[tuple[str, ...]] = [
+            ("layer", "units", "dead", "sensitivity", "cosine", "variation")
+        ]
         for layer in self.layers:
             summary = layer.summary
             cells = [_words(summary.get(key)) for key in ("factor", "cosine", "variation")]
@@ -252,10 +254,11 @@ def _add(
             name = record.block.name
             if name not in own:
                 continue
-            part = record.single
-            assert isinstance(part, Factored)
-            sums.setdefault(name, _Sums.like(record.block, part)).add_exact(part)
-            w = part.apart().g.square().sum(dim=0).squeeze(2)  # (G, N·T, O), Σ_c of squares
+            part = _factored(record)
+            total = sums.setdefault(name, _Sums.like(record.block, part))
+            for some in units.split(record):
+                total.add_exact(_factored(some))
+            w = part.apart().g.square().sum(dim=0).squeeze(2)  # (G, N·T, O), summed over columns
             squares[name] = squares[name] + w if name in squares else w
     for name, part in own.items():
         sums[name].add_relative(part, squares[name])
@@ -281,15 +284,20 @@ def _unit_responses(source: Source, tape: UnitTape, record: Record) -> tuple[str
         return f"no layer rule reads it ({source.plan.generic[block.parameters[0]]})", None
     if len(site.ports) > 1:
         return "its weight is used at several places", None
-    part = record.single
-    if not isinstance(part, Factored):
+    if not isinstance(record.single, Factored):
         return "its units do not read a vector of inputs", None
     if not record.calls:
         return "a batch did not use it", None
     without = set(tape.without_response()).intersection(module for module, _ in site.ports)
     if without:
         return "no activation function of its own follows it", None
-    return "", part.apart()
+    return "", record.single.apart()
+
+
+def _factored(record: Record) -> Factored:
+    part = record.single
+    assert isinstance(part, Factored)
+    return part
 
 
 @dataclass

@@ -27,6 +27,7 @@ __all__ = [
     "loss_curve",
     "share_bars",
     "spectrum",
+    "unit_quartiles",
 ]
 
 Spec = dict[str, Any]
@@ -95,6 +96,42 @@ def diagonal_quantiles(rows: Rows, description: str) -> Spec:
     kept = [row for row in shown if row.get("low", 0) >= 10.0**low]
     whiskers = _whiskers(kept, x="low:Q", y=_names("parameter", rows))
     return _finish(alt.layer(lines, bars, *whiskers, ticks), description, height)
+
+
+def unit_quartiles(rows: Rows, description: str, *, title: str, logarithmic: bool) -> Spec:
+    """A bar over the middle half of a layer's units, a tick at the median.
+
+    Args:
+        rows: `layer`, and `lower`, `median` and `upper` quartiles; positive.
+        description: read out by screen readers.
+        title: of the axis.
+        logarithmic: whether the axis is; else it ends at 1.
+    """
+    if logarithmic:
+        low = min(row["lower"] for row in rows)
+        high = max(row["upper"] for row in rows)
+        x = _log_x("lower:Q", title, *_decades(low, high))
+    else:
+        scale = alt.Scale(domain=[0, 1], clamp=True)
+        x = alt.X("lower:Q", scale=scale, axis=alt.Axis(title=title, tickCount=5))
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        y=_names("layer", rows),
+        tooltip=[
+            alt.Tooltip("layer:N"),
+            *(
+                alt.Tooltip(f"{field}:Q", format=".3~g", title=words)
+                for field, words in (
+                    ("lower", "a quarter below"),
+                    ("median", "median"),
+                    ("upper", "a quarter above"),
+                )
+            ),
+        ],
+    )
+    height = _room_for(len(rows))
+    bars = base.mark_bar(size=min(10, 0.6 * height / len(rows))).encode(x=x, x2="upper")
+    ticks = base.mark_tick(style="reference", thickness=5).encode(x="median:Q")
+    return _finish(alt.layer(bars, ticks), description, height)
 
 
 def spectrum(rows: Rows, description: str) -> Spec:

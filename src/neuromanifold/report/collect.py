@@ -22,6 +22,7 @@ from neuromanifold.operators import FisherOperator
 from neuromanifold.report.entries import summary
 from neuromanifold.report.estimator_errors import estimator_errors
 from neuromanifold.report.known import finite, stderr
+from neuromanifold.report.own_metrics import own_metrics
 from neuromanifold.report.structure_errors import Candidate, Error, is_part_of_it
 from neuromanifold.structures import BlockDiagonal, Diagonal, Gram, Kronecker, Structure, UnitWise
 from neuromanifold.structures._base import AdditiveStructure
@@ -57,7 +58,7 @@ LARGEST_DENSE = 4096
 MOST_PRODUCTS = 2**36
 """Multiplications that may be spent on the error bar of a structure: some seconds."""
 
-STAGES = 6
+STAGES = 7
 NUM_LEADING = 20
 NUM_DAMPINGS = 25
 
@@ -85,11 +86,11 @@ def collect(
         progress: as for `nm.fisher`; counts stages.
 
     Returns:
-        A JSON-able dict: model, trace, spectrum, layers, diagonal, errors of approximations,
-        estimators side by side, coverage. Numbers that could not be measured are None, and the
-        notes say why. Beside numbers stands `stderr`, with their standard errors under the same
-        names: to first order, because the samples are some of all and labels are drawn; None where
-        that is not known, as for a single sample.
+        A JSON-able dict: model, trace, spectrum, layers, diagonal, errors of approximations, the
+        units' own metrics, estimators side by side, coverage. Numbers that could not be measured
+        are None, and the notes say why. Beside numbers stands `stderr`, with their standard errors
+        under the same names: to first order, because the samples are some of all and labels are
+        drawn; None where that is not known, as for a single sample.
 
     Raises:
         ValueError: As `nm.fisher`.
@@ -149,6 +150,15 @@ def collect(
             notes=notes,
         )
         stage()
+        units = own_metrics(
+            model,
+            likelihood,
+            data,
+            num_rows=exact.num_samples * num_columns,
+            num_parameters=exact.num_parameters,
+            notes=notes,
+        )
+        stage()
 
     trace, largest = float(exact.trace()), float(values[0])
     return {
@@ -180,6 +190,7 @@ def collect(
         "diagonal": diagonal,
         "spectrum": _spectrum(exact, values, stderr(leading)),
         "effective_dimension": _effective_dimensions(exact, values),
+        "own_metrics": units,
         "estimators": estimators,
         "coverage": exact.coverage.to_list(),
         "timing": {

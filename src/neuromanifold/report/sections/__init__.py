@@ -9,6 +9,7 @@ from __future__ import annotations
 from neuromanifold.report.sections._base import Analysis, Section, Table
 from neuromanifold.report.sections.approximation import layer_errors, whole_errors
 from neuromanifold.report.sections.estimators import estimator_choice
+from neuromanifold.report.sections.own_metrics import own_metric, unit_sensitivity
 from neuromanifold.report.sections.sensitivity import diagonal, trace_by_layer
 from neuromanifold.report.sections.spectrum import dimension_left, eigenvalues
 from neuromanifold.report.sections.training import loss_by_epoch
@@ -25,6 +26,8 @@ def sections(analysis: Analysis) -> list[Section]:
         dimension_left(analysis),
         layer_errors(analysis),
         whole_errors(analysis),
+        unit_sensitivity(analysis),
+        own_metric(analysis),
         estimator_choice(analysis),
         loss_by_epoch(analysis),
     )
