@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 import neuromanifold as nm
 from benchmarks.training.soap import SOAP
@@ -45,6 +45,10 @@ def adamw(model: nn.Module, _: Likelihood, lr: float) -> list[Optimizer]:
     return [AdamW(model.parameters(), lr, fused=True)]
 
 
+def adam(model: nn.Module, _: Likelihood, lr: float) -> list[Optimizer]:
+    return [Adam(model.parameters(), lr, fused=True)]
+
+
 def sgd(model: nn.Module, _: Likelihood, lr: float) -> list[Optimizer]:
     return [SGD(model.parameters(), lr, momentum=0.9, nesterov=True, fused=True)]
 
@@ -78,6 +82,7 @@ def ours(
 
 CONTESTANTS = {
     "AdamW": Contestant(6e-3, adamw),
+    "Adam": Contestant(6e-3, adam),
     "SGD": Contestant(0.03, sgd),
     "Muon": Contestant(6e-3, muon),
     "SOAP": Contestant(6e-3, soap),

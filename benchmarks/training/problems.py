@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from pydoc_data.topics import topics
 from typing import Any
@@ -190,16 +190,6 @@ def perceptron() -> nn.Module:
     )
 
 
-def deep_perceptron(*, normalised: bool) -> nn.Module:
-    """The nets of Sun and Nielsen; normalised behind the activation functions, as theirs are."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise((64, 80, 80, 80)):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        if normalised:
-            layers.append(nn.BatchNorm1d(fan_out))
-    return nn.Sequential(*layers, nn.Linear(80, 10))
-
-
 def convnet() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
@@ -275,30 +265,6 @@ PROBLEMS = {
         judged="accuracy",
         bar=Bar(steps=0.5, seconds=1.0),
         without=(("Muon", "torch.optim.Muon takes matrices, and there are none between layers"),),
-    ),
-    "digits-deep": Problem(
-        "digits, MLP 64-80-80-80-10, N=50",
-        nm.Categorical(),
-        functional.cross_entropy,
-        partial(deep_perceptron, normalised=False),
-        digits,
-        batch_size=50,
-        steps=28 * 20,
-        share=0.5,
-        judged="train",
-        bar=Bar(steps=1.0, seconds=1.0),
-    ),
-    "digits-normalised": Problem(
-        "digits, MLP 64-80-80-80-10 with batch norm, N=50",
-        nm.Categorical(),
-        functional.cross_entropy,
-        partial(deep_perceptron, normalised=True),
-        digits,
-        batch_size=50,
-        steps=28 * 20,
-        share=0.5,
-        judged="train",
-        bar=Bar(steps=1.0, seconds=1.0),
     ),
     "curves": Problem(
         "CURVES autoencoder 784-400-200-100-50-25-6, N=250",

@@ -23,6 +23,7 @@ PRESETS = [
     nm.optim.ekfac,
     nm.optim.unitwise,
     nm.optim.quasidiagonal,
+    nm.optim.relative,
     nm.optim.diagonal,
 ]
 LOSS = functional.cross_entropy

@@ -9,7 +9,7 @@ import pytest
 
 from neuromanifold.report import render
 
-NUM_CHARTS = 8 + 7  # the second network was not trained
+NUM_CHARTS = 10 + 9  # the second network was not trained
 
 
 @pytest.fixture(scope="module")

@@ -364,6 +364,45 @@ def test_estimators_that_are_off_in_a_layer_alone(conv_net):
     assert "How sure is each" not in words(render([conv_net], title="Digits"))
 
 
+def test_own_metrics_are_explained(conv_net):
+    text = words(render([conv_net], title="Digits"))
+    assert "8.0 times as sensitive to the response of the median unit of conv2 as to" in text
+    assert "the least. Scale it by layer, or take nm.optim.kfac." in text
+    assert "a cosine of 0.910 with its exact block, the lowest of 2 hidden layers." in text
+    assert "leaves out has a standard deviation of 80.0% over inputs." in text
+    assert "nm.optim.relative is worth a try beside nm.optim.kfac" in text
+
+
+@pytest.mark.parametrize(
+    ("cosine", "advice"),
+    [
+        pytest.param(0.97, "follows nearly the directions of nm.optim.unitwise", id="good"),
+        pytest.param(0.5, "its own metric does not know", id="poor"),
+    ],
+)
+def test_advice_on_own_metrics(conv_net, cosine, advice):
+    for layer in conv_net["own_metrics"]["layers"][:2]:
+        layer["cosine"] = {"lower": cosine, "median": cosine, "upper": cosine}
+    assert advice in words(render([conv_net], title="Digits"))
+
+
+def test_dead_units_and_wide_layers(conv_net):
+    first, second, _ = conv_net["own_metrics"]["layers"]
+    first["dead"], second["cosine"] = 4, None
+    text = words(render([conv_net], title="Digits"))
+    assert "4 of 10 units of conv1 respond to none of these inputs" in text
+    assert "the lowest of" not in text
+    first["cosine"] = None
+    assert "own metric see" not in words(render([conv_net], title="Digits"))
+
+
+def test_one_hidden_layer_is_not_compared_with_itself(conv_net):
+    del conv_net["own_metrics"]["layers"][1]
+    text = words(render([conv_net], title="Digits"))
+    assert "If the median unit of conv1 responds by d more" in text
+    assert "one learning rate serves them all" in text
+
+
 def test_an_analysis_without_errors_is_shown(conv_net):
     for part in (conv_net, conv_net["spectrum"], *conv_net["layers"], *conv_net["diagonal"]):
         del part["stderr"]

@@ -68,7 +68,7 @@ WEIGHT_DECAY = 0.02
 """Of presets, as that of AdamW is not zero: best on digits and a small language model
 (`python -m benchmarks.training`)."""
 
-RELATIVE_DAMPING = 0.01
+RELATIVE_DAMPING = 0.001
 """Of relative metrics, whose scale is that of the inputs and not of the loss (papers.md §1.4)."""
 
 OF_OPTIMIZER = ("lr", "momentum", "weight_decay", "kl_max", "adamw_lr", "line", "maximize")
@@ -177,7 +177,7 @@ def relative(
             `nm.structures.RelativeUnits`, also for the next two.
         wide: what is kept of layers that are too wide for a matrix for each unit.
         widest: numbers that these matrices of a layer may have.
-        **options: see `nm.optim.Options`. Each block is damped by 0.01 times its mean eigenvalue,
+        **options: see `nm.optim.Options`. Each block is damped by 0.001 times its mean eigenvalue,
             unless `relative` says otherwise.
 
     Source: Sun and Nielsen, arXiv 1606.06069.

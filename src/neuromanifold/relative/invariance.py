@@ -158,10 +158,9 @@ def check_invariance(
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> from neuromanifold.relative.invariance import check_invariance
         >>> unit = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()).double()
         >>> x = torch.randn(8, 3, dtype=torch.float64)
-        >>> found = check_invariance(unit, x, nm.Gaussian())
+        >>> found = nm.relative.check_invariance(unit, x, nm.Gaussian())
         >>> found.passed, found["input coordinates"].deviation < 1e-12
         (True, True)
     """

@@ -186,9 +186,8 @@ def compare(
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> from neuromanifold.relative.sensitivity import compare
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
-        >>> found = compare(net, nm.Categorical(), torch.randn(32, 4))
+        >>> found = nm.relative.compare(net, nm.Categorical(), torch.randn(32, 4))
         >>> found["0"].factor.shape, bool(found["0"].cosine.max() < 1)
         (torch.Size([3]), True)
         >>> round(found["2"].summary["cosine"].median, 4)  # the output layer

@@ -20,7 +20,7 @@ MOST_ROWS = 2**14
 MOST_ENTRIES = 2**30
 """Samples times columns times parameters, likewise: of some seconds."""
 
-ROUNDING = 1e-3
+ROUNDING = 1e-2
 """What numbers of a layer that sees everything are off by, also in float32."""
 
 

@@ -22,6 +22,7 @@ NATURAL: dict[str, Preset] = {
     "unitwise": optim.unitwise,
     "quasidiagonal": optim.quasidiagonal,
     "diagonal": optim.diagonal,
+    "relative": optim.relative,
     "gram": optim.gram,
     "implicit": optim.implicit,
 }

@@ -73,16 +73,16 @@ def own_metric(analysis: Analysis) -> Section | None:
         return None
     drawn = _drawn(layers, "cosine")
     worst = min(hidden, key=lambda layer: layer["cosine"]["median"])
+    rank = f", the lowest of {counted(len(hidden), 'hidden layer')}" if len(hidden) > 1 else ""
     says = Markup(
-        "In {}, the own metric of the median unit has a cosine of {} with its exact block; the "
-        "sensitivity that it leaves out varies by {} from input to input."
+        "In {}, the own metric of the median unit has a cosine of {} with its exact block{}. The "
+        "sensitivity that it leaves out has a standard deviation of {} over inputs."
     ).format(
         code(layer_name(worst["name"])),
         quantity(worst["cosine"]["median"]),
+        rank,
         percent(worst["variation"]["median"]),
     )
-    if len(hidden) > 1:
-        says += Markup(" That is the lowest of {}.").format(counted(len(hidden), "hidden layer"))
     table = Table(
         "Own metrics of units against their exact blocks by layer, medians over units",
         ("layer", "cosine", "a quarter below", "sensitivity varies by", "a quarter above"),
