@@ -110,7 +110,7 @@ def test_a_chart_that_fails_is_named_and_the_others_are_drawn(visit, conv_net):
     assert 'data-ready="0"' in seen.attributes
     assert not re.search(r'id="errors"[^>]* hidden', seen.dom)
     assert re.search(r"<li>How many directions carry the information\? \w*Error", seen.dom)
-    assert len(charts(seen)) == 7
+    assert len(charts(seen)) == 9
 
 
 def test_a_phone_scrolls_in_one_direction_only(visit, page):

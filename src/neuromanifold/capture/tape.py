@@ -85,6 +85,9 @@ class Tape:
         self._by_samples = True
         self._listening = False
         self._num_samples = 0
+        self.on_the_way: Callable[[Tensor], Tensor] | None = None
+        """What the gradient at the output of each layer is turned into before it goes further."""
+        self._sweeping = False
         # What is known of a model holds for its own forward only.
         shared = forward is call_model
         self._known = known_of(plan.model) if shared else Known()
@@ -205,7 +208,11 @@ class Tape:
         The records of a batch must be asked for before the next batch is run.
         """
         uses = [(place, use) for place, uses in self._uses.items() for use in uses]
-        gradients = self._sweep([use for _, use in uses], cotangents)
+        self._sweeping = True
+        try:
+            gradients = self._sweep([use for _, use in uses], cotangents)
+        finally:
+            self._sweeping = False
         seen: dict[Place, list[tuple[Tensor | None, Tensor]]] = {p: [] for p in self._uses}
         for i, (place, use) in enumerate(uses):
             g, gradients[i] = gradients[i], None
@@ -316,6 +323,14 @@ class Tape:
         edge = get_gradient_edge(_before_views(output))
         use = Use(x, version, edge, output.shape, output.dtype, output.device)
         self._uses[place].append(use)
+        if self.on_the_way is not None:
+            output.register_hook(self._turned)
+
+    def _turned(self, gradient: Tensor) -> Tensor | None:
+        # Not where samples are told apart, by comparing two sweeps.
+        if not self._sweeping or self.on_the_way is None:
+            return None
+        return self.on_the_way(gradient)
 
     def _account_for_every_use(self, graph: Graph) -> None:
         """Compare how often each parameter enters the graph with how often its module reported.

@@ -6,6 +6,7 @@ cotangents: it names what is differentiated twice instead.
 """
 
 from neuromanifold.estimators._base import Estimator
+from neuromanifold.estimators.back_propagated import BackPropagated
 from neuromanifold.estimators.empirical import Empirical
 from neuromanifold.estimators.exact import Exact
 from neuromanifold.estimators.hessian import Hessian
@@ -13,4 +14,4 @@ from neuromanifold.estimators.moments import Moments
 from neuromanifold.estimators.monte_carlo import MonteCarlo
 from neuromanifold.estimators.random_signs import RandomSigns
 
-__all__ = ["Empirical", "Estimator", "Exact", "Hessian", "Moments", "MonteCarlo", "RandomSigns"]
+__all__ = ["BackPropagated", "Empirical", "Estimator", "Exact", "Hessian", "Moments", "MonteCarlo", "RandomSigns"]

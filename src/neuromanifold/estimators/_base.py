@@ -22,10 +22,13 @@ class Estimator(ABC):
     Attributes:
         random: whether two passes over the same data differ unless the generator is reset.
         needs_targets: whether the data must come with targets.
+        independent_units: whether gradients get random signs at the output of every layer, on their
+            way back.
     """
 
     random: bool
     needs_targets: bool = False
+    independent_units: bool = False
 
     @property
     def draws(self) -> int:

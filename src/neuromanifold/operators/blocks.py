@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -73,6 +74,10 @@ class BlockMatrix(ABC):
     def solve(self, x: Tensor, damping: float | Tensor) -> Tensor:
         """Damped inverse times vectors."""
         return self.function(lambda values: (values + damping).reciprocal_(), x)
+
+    def solver(self, damping: float | Tensor) -> Callable[[Tensor], Tensor]:
+        """`solve` with one damping, for many vectors."""
+        return lambda x: self.solve(x, damping)
 
     def dense(self) -> Tensor:
         """`(p, p)`, unit-major."""

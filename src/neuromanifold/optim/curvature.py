@@ -25,8 +25,12 @@ from neuromanifold.structures.kronecker import KroneckerMatrix
 __all__ = ["Curvature", "curvature_of"]
 
 
-def curvature_of(structure: Structure) -> Curvature:
+def curvature_of(structure: Structure, parameters: Mapping[str, Tensor]) -> Curvature:
     """Averages for a structure.
+
+    Args:
+        structure: what is kept.
+        parameters: of the model, by name.
 
     Raises:
         TypeError: If its statistics are no sums over samples.
@@ -34,7 +38,7 @@ def curvature_of(structure: Structure) -> Curvature:
     if isinstance(structure, EigenKronecker):
         return _InEigenbases(structure)
     if isinstance(structure, AdditiveStructure):
-        return Curvature(structure)
+        return Curvature(structure.at(parameters))
     raise TypeError(
         f"A preconditioner averages sums over samples, which {structure!r} has none of. Use an "
         f"additive structure such as nm.Kronecker(), nm.UnitWise() or nm.Diagonal(), or "

@@ -131,7 +131,7 @@ class Preconditioner:
         """Spent on curvature."""
         self.damped: dict[str, float] = {}
         """What was added to the matrix in the last inversion, by parameter."""
-        self._curvature = curvature_of(self.structure)
+        self._curvature = curvature_of(self.structure, dict(self.model.named_parameters()))
         self._measured: int | None = None
         self._inverted: int | None = None
         self._bypassed: set[str] = set()

@@ -18,6 +18,7 @@ from neuromanifold.structures import (
     Diagonal,
     EigenKronecker,
     Kronecker,
+    MeanField,
     QuasiDiagonal,
     Reducer,
     RelativeUnits,
@@ -25,7 +26,7 @@ from neuromanifold.structures import (
     UnitWise,
 )
 
-__all__ = ["Options", "diagonal", "ekfac", "kfac", "quasidiagonal", "relative", "unitwise"]
+__all__ = ["Options", "diagonal", "ekfac", "kfac", "meanfield", "quasidiagonal", "relative", "unitwise"]
 
 
 class Options(TypedDict, total=False):
@@ -154,6 +155,29 @@ def diagonal(
 ) -> NaturalGradient:
     """The diagonal of the Fisher matrix alone: the cheapest, and the one to compare with."""
     return _preset(model, likelihood, Diagonal(), options)
+
+
+def meanfield(
+    model: nn.Module,
+    likelihood: Likelihood,
+    *,
+    covariance: Literal["diagonal", "full"] = "diagonal",
+    **options: Unpack[Options],
+) -> NaturalGradient:
+    """The explicit natural gradient of random networks: a diagonal plus rank two for each unit.
+
+    No matrix is inverted: a step costs O(1) for each weight. As if the inputs of each layer were
+    Gaussian, which `nm.meanfield.check` looks at.
+
+    Args:
+        model: that is trained.
+        likelihood: what its outputs mean.
+        covariance: of each layer's inputs, see `nm.MeanField`.
+        **options: see `nm.optim.Options`.
+
+    Source: Amari, Karakida and Oizumi, arXiv 1808.07172.
+    """
+    return _preset(model, likelihood, MeanField(covariance), options)
 
 
 def relative(

@@ -9,6 +9,7 @@ from neuromanifold.structures.gram import Gram
 from neuromanifold.structures.implicit import Implicit
 from neuromanifold.structures.kronecker import Kronecker
 from neuromanifold.structures.lowrank import LowRank
+from neuromanifold.structures.meanfield import MeanField
 from neuromanifold.structures.policy import auto, per_layer
 from neuromanifold.structures.quasidiagonal import QuasiDiagonal
 from neuromanifold.structures.relative_units import RelativeUnits
@@ -25,6 +26,7 @@ __all__ = [
     "Implicit",
     "Kronecker",
     "LowRank",
+    "MeanField",
     "Progress",
     "QuasiDiagonal",
     "Reducer",

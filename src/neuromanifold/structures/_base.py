@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from neuromanifold.errors import CaptureError, NonFiniteError, TooLargeError, Un
 from neuromanifold.estimators import Estimator
 from neuromanifold.layers import Record
 from neuromanifold.likelihoods import Likelihood
+from neuromanifold.likelihoods._base import rademacher
 from neuromanifold.linalg import Block, memory
 from neuromanifold.operators import (
     BlockMatrix,
@@ -81,6 +82,8 @@ class Source:
         """Pass over the data once: per group of sweeps of a batch, one record for each block."""
         self.num_samples = self.num_positions = 0
         with Tape(self.plan, self.forward, self.likelihood.canonical) as tape:
+            if self.estimator.independent_units:
+                tape.on_the_way = self._with_signs
             for done, batch in enumerate(self.data, start=1):
                 outputs, targets = self.outputs(tape, batch)
                 cotangents = self.estimator.cotangents(
@@ -93,6 +96,9 @@ class Source:
                     yield records if self.mark is None else map(self._marked, records)
                 if self.progress is not None:
                     self.progress(done, self.data.num_batches)
+
+    def _with_signs(self, gradient: Tensor) -> Tensor:
+        return gradient * rademacher(gradient.shape, gradient, self.generator)
 
     def _marked(self, record: Record) -> Record:
         assert self.mark is not None
@@ -348,9 +354,19 @@ class AdditiveStructure(Structure):
         """Parts of a record that are reduced one after the other."""
         return record.split(RECORD_NUMEL, whole=self.whole_gradients)
 
+    own_sweeps: ClassVar[bool] = False
+    """Whether the sums run over other records than those of the estimator's sweeps."""
+
     def sweeps(self, source: Source) -> Iterator[Iterator[Record]]:
         """What the sums run over, batch by batch: the estimator's sweeps."""
         return source.sweeps()
+
+    def at(self, parameters: Mapping[str, Tensor]) -> AdditiveStructure:
+        """The structure where the model has these parameters, for one that depends on them.
+
+        They are looked up when they are needed: those of a model in training move on.
+        """
+        return self
 
     def collect(self, source: Source) -> dict[str, Statistics]:
         """Stream over the data: sums by block, over all processes.
@@ -371,9 +387,10 @@ class AdditiveStructure(Structure):
     def build(self, source: Source) -> BlockOperator:
         """Stream over the data and assemble one matrix per block."""
         self.require_fits(source)
-        sums = self.collect(source)
+        here = self.at(source.plan.parameters)
+        sums = here.collect(source)
         matrices = [
-            self.assemble(block, sums[block.name], source.normaliser)
+            here.assemble(block, sums[block.name], source.normaliser)
             for block in source.plan.blocks
         ]
         coverage = source.coverage(self.represent)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import Tensor
+
 from neuromanifold.capture import Plan
 from neuromanifold.capture import plan as plan_of
 from neuromanifold.errors import TooLargeError, UnsupportedError
@@ -49,7 +51,7 @@ def per_layer(choices: Mapping[str, Any]) -> Structure:
         ValueError: If there is no choice.
     """
     patterns = _Patterns(_checked(choices))
-    if all(isinstance(choice, AdditiveStructure) for choice in patterns.choices.values()):
+    if all(_is_shared(choice) for choice in patterns.choices.values()):
         return PerBlock(repr(patterns), patterns.additive, patterns.assign)
     return _Mixed(patterns)
 
@@ -80,6 +82,11 @@ def _checked(choices: Mapping[Any, Any]) -> dict[str, Structure]:
                 f"got {given}."
             )
     return dict(choices)
+
+
+def _is_shared(structure: Structure) -> bool:
+    """Whether the structure can share a pass over the data with others."""
+    return isinstance(structure, AdditiveStructure) and not structure.own_sweeps
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,6 +202,10 @@ class PerBlock(AdditiveStructure):
     def __repr__(self) -> str:
         return self._name
 
+    def at(self, parameters: Mapping[str, Tensor]) -> PerBlock:
+        """As the structures of the blocks are."""
+        return PerBlock(self._name, lambda block: self._of(block).at(parameters), self._check)
+
     def build(self, source: Source) -> BlockOperator:
         """Check the choices against the model, and measure."""
         if self._check is not None:
@@ -276,7 +287,7 @@ class _Mixed(Structure):
         for pattern, blocks in self._patterns.assign(plan).items():
             structure = self._patterns.choices[pattern]
             names = [name for block in blocks for name in block.parameters]
-            if isinstance(structure, AdditiveStructure):
+            if _is_shared(structure):
                 together += names
             else:
                 passes.append((structure, names))

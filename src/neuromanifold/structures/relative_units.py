@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class RelativeUnits(AdditiveStructure):
         >>> F.blocks[0].matrices.shape
         torch.Size([3, 5, 5])
     """
+
+    own_sweeps: ClassVar[bool] = True
 
     response: DiagonalLikelihood | Mapping[str, DiagonalLikelihood] = field(
         default_factory=Gaussian
