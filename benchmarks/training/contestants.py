@@ -90,7 +90,7 @@ CONTESTANTS = {
     "ekfac": Contestant(0.15, partial(ours, nm.optim.ekfac), curvature=True),
     "unitwise": Contestant(0.15, partial(ours, nm.optim.unitwise), curvature=True),
     "quasidiagonal": Contestant(0.15, partial(ours, nm.optim.quasidiagonal), curvature=True),
-    "relative": Contestant(0.15, partial(ours, nm.optim.relative), curvature=True),
+    "relative": Contestant(0.05, partial(ours, nm.optim.relative), curvature=True),
     "meanfield": Contestant(0.15, partial(ours, nm.optim.meanfield), curvature=True),
     "diagonal": Contestant(0.15, partial(ours, nm.optim.diagonal), curvature=True),
 }

@@ -24,6 +24,7 @@ PRESETS = [
     nm.optim.unitwise,
     nm.optim.quasidiagonal,
     nm.optim.relative,
+    nm.optim.meanfield,
     nm.optim.diagonal,
 ]
 LOSS = functional.cross_entropy

@@ -14,4 +14,13 @@ from neuromanifold.estimators.moments import Moments
 from neuromanifold.estimators.monte_carlo import MonteCarlo
 from neuromanifold.estimators.random_signs import RandomSigns
 
-__all__ = ["BackPropagated", "Empirical", "Estimator", "Exact", "Hessian", "Moments", "MonteCarlo", "RandomSigns"]
+__all__ = [
+    "BackPropagated",
+    "Empirical",
+    "Estimator",
+    "Exact",
+    "Hessian",
+    "Moments",
+    "MonteCarlo",
+    "RandomSigns",
+]

@@ -31,9 +31,9 @@ class BackPropagated(Estimator):
 
     Example:
         >>> import torch, neuromanifold as nm
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> from torch.nn import Linear, Sequential, Tanh
+        >>> model, x = Sequential(Linear(3, 4), Tanh(), Linear(4, 2)), torch.randn(8, 3)
         >>> estimator = nm.estimators.BackPropagated()
-        >>> x = torch.randn(8, 3)
         >>> F = nm.fisher(model, nm.Categorical(), x, nm.QuasiDiagonal(), estimator=estimator)
     """
 

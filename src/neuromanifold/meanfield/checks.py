@@ -25,7 +25,7 @@ from neuromanifold.meanfield.observation import (
     measured_signals,
     trainable,
 )
-from neuromanifold.meanfield.phases import edge_of_chaos
+from neuromanifold.meanfield.phases import edge_of_chaos, fixed_point
 from neuromanifold.meanfield.recursions import Propagation, propagate
 from neuromanifold.meanfield.statistics import SpectrumStatistics, spectrum_statistics
 from neuromanifold.structures import Gram
@@ -35,8 +35,11 @@ __all__ = ["Check", "Compared", "LayerCheck", "Recommended", "check"]
 TOLERATED = 1.0
 """Nats by which squared gradients may grow or shrink over all of the depth at the edge of chaos."""
 
-ALIKE = 0.1
-"""Signals have become alike when this part of `1 - correlation` of the inputs is left."""
+LEFT = 0.1
+"""Signals are alike when this part of `1 - correlation` is left, faded when it is of activity."""
+
+FAR = 100
+"""How many layers the fate of signals is followed."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,10 @@ class Check:
         predicted: statistics of the Fisher spectrum.
         measured: the same, of the layers' parameters.
         phase: "ordered", "edge of chaos", "chaotic"; "no hidden layer".
-        gain: by which squared errors grow per hidden layer, the geometric mean.
+        gain: χ at the fixed point of a deep network with the mean variances of the hidden layers:
+            by which squared errors, and the distance of two like inputs, grow per layer.
         alike_after: after how many layers two signals have become alike; None if they do not.
+        faded_after: after how many layers a tenth of the activity is left; None if it stays.
         recommended: an initialisation; None if it is fine, or if there is none.
         left_out: what the model does that is not in the theory.
         samples: on how many it was measured.
@@ -121,8 +126,9 @@ class Check:
     predicted: SpectrumStatistics
     measured: SpectrumStatistics
     phase: str
-    gain: Compared
+    gain: float
     alike_after: int | None
+    faded_after: int | None
     recommended: Recommended | None
     left_out: tuple[str, ...]
     samples: int
@@ -130,18 +136,19 @@ class Check:
     @property
     def verdict(self) -> str:
         """Whether the network is where theory wants it, in one line."""
+        if not self.left_out:
+            return self._place
+        parts = "1 part" if len(self.left_out) == 1 else f"{len(self.left_out)} parts"
+        return f"{self._place} ({parts} of the model left out)"
+
+    @property
+    def _place(self) -> str:
         depth = len(self.layers) - 1
         if self.phase == "no hidden layer":
             return f"no hidden layer: nothing to check but the step, {self._step}"
-        growth = self.gain.predicted
         if self.phase == "edge of chaos":
             return f"at the edge of chaos: fine for {_layers(depth)}; {self._step}"
-        if self.phase == "ordered":
-            alike = "signals of two inputs become alike"
-            said = alike if self.alike_after is None else f"{alike} within {_n(self.alike_after)}"
-            said += f", squared gradients fall to {growth:.2g} per layer"
-        else:
-            said = f"squared gradients grow {growth:.3g} times per layer, and differences with them"
+        said = self._said
         if self.recommended is None:
             return f"{self.phase} phase: {said}; no weight variance is at the edge of chaos"
         before = _typical([layer.weight_variance for layer in self.layers[:-1]])
@@ -153,6 +160,19 @@ class Check:
         )
 
     @property
+    def _said(self) -> str:
+        """What goes wrong first."""
+        change = f"squared gradients change {self.gain:.3g} times per layer"
+        if self.phase == "chaotic":
+            return f"inputs that are alike are torn apart, {change}"
+        faded = self.faded_after or math.inf
+        if self.alike_after is not None and self.alike_after <= faded:
+            return f"signals of two inputs become alike within {_n(self.alike_after)}"
+        if self.faded_after is not None:
+            return f"signals fade to a tenth within {_n(self.faded_after)}"
+        return change
+
+    @property
     def _step(self) -> str:
         return f"learning rate below {self.measured.learning_rate_bound:.2g}"
 
@@ -162,8 +182,9 @@ class Check:
             {
                 "verdict": self.verdict,
                 "phase": self.phase,
-                "gain": asdict(self.gain),
+                "gain": self.gain,
                 "alike_after": self.alike_after,
+                "faded_after": self.faded_after,
                 "layers": [asdict(layer) for layer in self.layers],
                 "predicted": self.predicted.to_dict(),
                 "measured": self.measured.to_dict(),
@@ -319,11 +340,14 @@ def check(
     )
     output_scale = float(output_fisher.trace()) / outputs
     compared = _compared(layers, network, measured, output_scale)
-    gain = Compared(
-        _geometric_mean([layer.gain.predicted for layer in compared[:-1]]),
-        _geometric_mean([layer.gain.measured for layer in compared[:-1]]),
-    )
-    phase = _phase(gain.predicted, len(layers) - 1)
+    hidden = _Hidden.of(layers, kernels)
+    gain = math.nan if hidden is None else hidden.gain(network)
+    phase = "no hidden layer" if hidden is None else _phase(gain, len(layers) - 1)
+    alike = faded = recommended = None
+    if hidden is not None and phase == "ordered":
+        alike, faded = hidden.fate(network)
+    if hidden is not None and phase != "edge of chaos":
+        recommended = _recommended(hidden, layers, lambda w, b: predicted(w, b)[1])
     return Check(
         layers=tuple(compared),
         predicted=statistics,
@@ -337,10 +361,9 @@ def check(
         ),
         phase=phase,
         gain=gain,
-        alike_after=_alike_after(compared, gain.predicted) if phase == "ordered" else None,
-        recommended=None
-        if phase in ("edge of chaos", "no hidden layer")
-        else _recommended(layers, kernels, lambda w, b: predicted(w, b)[1]),
+        alike_after=alike,
+        faded_after=faded,
+        recommended=recommended,
         left_out=tuple(left_out),
         samples=len(first),
     )
@@ -391,53 +414,86 @@ def _mean_pair(matrix: Tensor) -> float:
     return float(matrix.sum() - matrix.trace()) / (num * (num - 1)) if num > 1 else math.nan
 
 
-def _geometric_mean(gains: list[float]) -> float:
-    return math.exp(_typical([math.log(max(g, 1e-300)) for g in gains])) if gains else math.nan
-
-
 def _typical(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
 def _phase(gain: float, hidden: int) -> str:
-    """By the growth of squared gradients over all hidden layers."""
-    if hidden == 0:
-        return "no hidden layer"
-    growth = hidden * math.log(gain)
+    """By what squared gradients grow over all hidden layers, once signals are at rest."""
+    growth = hidden * math.log(max(gain, 1e-300))
     if abs(growth) <= TOLERATED:
         return "edge of chaos"
     return "chaotic" if growth > 0 else "ordered"
 
 
-def _alike_after(layers: list[LayerCheck], gain: float) -> int | None:
-    """In which layer signals are alike, as measured; by the gain if they are not within the network.
+@dataclass(frozen=True)
+class _Hidden:
+    """What the hidden layers are like: their commonest activation and mean variances."""
 
-    Close to 1, `1 - correlation` falls by the gain per layer.
-    """
-    apart = [1 - layer.correlation.measured for layer in layers]
-    if math.isnan(apart[0]) or apart[0] <= 0:
-        return None
-    for i, left in enumerate(apart):
-        if left <= ALIKE * apart[0]:
-            return i
-    return len(apart) - 1 + math.ceil(math.log(ALIKE * apart[0] / apart[-1]) / math.log(gain))
+    kernel: Kernel
+    weight_variance: float
+    bias_variance: float
+
+    @classmethod
+    def of(cls, layers: list[FoundLayer], kernels: list[Kernel]) -> _Hidden | None:
+        """None if there are none."""
+        if len(layers) < 2:
+            return None
+        names = [layer.activation_name for layer in layers]
+        common = Counter(names[:-1]).most_common(1)[0][0]
+        return cls(
+            kernel=kernels[names.index(common)],
+            weight_variance=_typical([layer.weight_variance for layer in layers[:-1]]),
+            bias_variance=_typical([layer.bias_variance for layer in layers[:-1]]),
+        )
+
+    def gain(self, network: Propagation) -> float:
+        """Where signals come to rest; the mean of the network's own layers if they do not."""
+        start = float(network.variance[0].mean())
+        if start > 0:
+            at = fixed_point(self.kernel, self.weight_variance, self.bias_variance, start=start)
+            if math.isfinite(float(at.gain)):
+                return float(at.gain)
+        gains = network.gain.flatten(1).mean(dim=1)
+        return float(gains.log().mean().exp())
+
+    def fate(self, network: Propagation) -> tuple[int | None, int | None]:
+        """After how many such layers signals are alike, and faded; None if that takes very many."""
+        samples = len(network.activity[0])
+        pair = _mean_pair(network.overlap[0]) if samples > 1 else 0.0
+        deep = propagate(
+            self.kernel,
+            weight_variance=self.weight_variance,
+            bias_variance=self.bias_variance,
+            depth=FAR,
+            activity=float(network.activity[0].mean()),
+            overlap=pair,
+        )
+        apart = 1 - deep.correlation
+        alike = (apart <= LEFT * apart[0]).nonzero()[:, 0]
+        faded = (deep.activity <= LEFT * deep.activity[0]).nonzero()[:, 0]
+        return (
+            int(alike[0]) if len(alike) and samples > 1 and float(apart[0]) > 0 else None,
+            int(faded[0]) if len(faded) else None,
+        )
 
 
 def _recommended(
+    hidden: _Hidden,
     layers: list[FoundLayer],
-    kernels: list[Kernel],
     predicted: Callable[[list[float], list[float]], SpectrumStatistics],
 ) -> Recommended | None:
-    """The edge of chaos of the commonest activation of hidden layers."""
-    common = Counter(phi.name for phi in kernels[:-1]).most_common(1)[0][0]
-    phi = next(phi for phi in kernels if phi.name == common)
-    # Where no scale is preferred, biases would put signals at one in the long run.
-    bias = 0.0 if phi.homogeneous else _typical([layer.bias_variance for layer in layers[:-1]])
+    """The edge of chaos; the last layer stays as it is."""
+    # Where no scale is preferred, any biases would make the activity grow without end.
+    bias = 0.0 if hidden.kernel.homogeneous else hidden.bias_variance
     try:
-        weight = float(edge_of_chaos(phi, bias))
-    except ValueError:
+        weight = float(edge_of_chaos(hidden.kernel, bias))
+    except UnsupportedError:
         return None
-    statistics = predicted([weight] * len(layers), [bias] * len(layers))
+    count, last = len(layers) - 1, layers[-1]
+    statistics = predicted(
+        [weight] * count + [last.weight_variance], [bias] * count + [last.bias_variance]
+    )
     return Recommended(weight, bias, statistics.learning_rate_bound)
 
 

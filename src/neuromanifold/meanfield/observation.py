@@ -23,16 +23,14 @@ from neuromanifold.errors import UnsupportedError
 from neuromanifold.estimators import Estimator
 from neuromanifold.layers import Factored
 from neuromanifold.likelihoods import Likelihood
-from neuromanifold.meanfield.kernels import derivative
+from neuromanifold.meanfield.kernels import Activation, derivative, kernel
 from neuromanifold.structures import Gram
 
 __all__ = ["FoundLayer", "Signals", "found_layers", "measured_signals", "trainable"]
 
-Function = Callable[[Tensor], Tensor]
-
 # fmt: off
 _BENDING = frozenset([
-    "celu", "cos", "elu", "erf", "exp", "expit", "gelu", "hardshrink", "hardsigmoid", "hardswish",
+    "celu", "cos", "elu", "erf", "exp", "gelu", "hardshrink", "hardsigmoid", "hardswish",
     "hardtanh", "leaky_relu", "logsigmoid", "mish", "relu", "relu6", "selu", "sigmoid", "silu",
     "sin", "softplus", "softshrink", "softsign", "tanh", "tanhshrink", "threshold",
 ])
@@ -54,7 +52,7 @@ class FoundLayer:
     Attributes:
         name: of the module.
         module: the layer.
-        activation: the module or function behind it; None if its output is used as it is.
+        activation: behind it, with its arguments; None if its output is used as it is.
         activation_name: of that.
         enters: what lies between the layer before and this one and is not in the theory.
         slope_square: measured `mean φ'(u)²`; 1 without an activation.
@@ -62,7 +60,7 @@ class FoundLayer:
 
     name: str
     module: nn.Module
-    activation: nn.Module | Function | None = None
+    activation: Activation | None = None
     activation_name: str = "linear"
     enters: list[str] = field(default_factory=list)
     slope_square: float = 1.0
@@ -165,28 +163,20 @@ class _Follow(TorchFunctionMode):
         result = func(*args, **kwargs)
         if path is None or not isinstance(result, Tensor):
             return result
-        if before is not None and not path.passed:
-            rest = {key: value for key, value in kwargs.items() if key != "inplace"}
-            self._bend(path.layer, before, inside, name, lambda u: func(u, *args[1:], **rest))
+        if before is not None:
+            options = {key: value for key, value in kwargs.items() if key != "inplace"}
+            activation = _as_called(name, func, args[1:], options)
+            layer = path.layer
+            layer.activation, layer.activation_name = activation, name
+            with torch._C.DisableTorchFunction():
+                slope = derivative(kernel(activation).function)(before)
+                layer.slope_square = float(slope.square().mean())
         elif not self._keeps(name, inside):
             what = name if inside is None else f"{inside[0]} ({type(inside[1]).__name__})"
             if what not in path.passed:
                 path = _Path(path.layer, (*path.passed, what))
         self._paths[id(result)] = (result, path)
         return result
-
-    def _bend(
-        self,
-        layer: FoundLayer,
-        before: Tensor,
-        inside: tuple[str, nn.Module] | None,
-        name: str,
-        function: Function,
-    ) -> None:
-        layer.activation_name = name
-        with torch._C.DisableTorchFunction():
-            layer.slope_square = float(derivative(function)(before).square().mean())
-        layer.activation = function if inside is None else inside[1]
 
     def _keeps(self, name: str, inside: tuple[str, nn.Module] | None) -> bool:
         resting = inside is not None and not inside[1].training and "dropout" in name
@@ -197,6 +187,23 @@ def _name(func: Callable[..., Any]) -> str:
     """Without the module, and without the marks of in-place and special methods."""
     name = (resolve_name(func) or getattr(func, "__name__", "")).rpartition(".")[2]
     return name.strip("_").removesuffix("_")
+
+
+def _as_called(
+    name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Activation:
+    """An activation with the arguments that it got after the tensor."""
+    if name == "leaky_relu":  # has a closed form for each slope
+        return nn.LeakyReLU(*args, **kwargs)
+    if not args and not kwargs and hasattr(torch, name):
+        return name
+
+    def called(u: Tensor) -> Tensor:
+        result: Tensor = func(u, *args, **kwargs)
+        return result
+
+    called.__name__ = name
+    return called
 
 
 def found_layers(model: nn.Module, batch: Batch) -> tuple[list[FoundLayer], list[str]]:
@@ -210,8 +217,8 @@ def found_layers(model: nn.Module, batch: Batch) -> tuple[list[FoundLayer], list
         output = call_model(model, batch.inputs)
     if not follow.layers:
         raise UnsupportedError(
-            f"{type(model).__name__} uses no nn.Linear and no convolution, which is what the theory "
-            f"is about. Give a model made of those and of activations."
+            f"{type(model).__name__} uses no nn.Linear and no convolution, which the theory is "
+            f"about. Give a model made of those and of activations."
         )
     left_out = [f"{what}, before {layer.name}" for layer in follow.layers for what in layer.enters]
     last = follow.path_of_output(output)

@@ -36,6 +36,9 @@ STEPS = 100
 FLAT = 1e-12
 """Relative change of the variance below which it counts as unchanged."""
 
+ROUNDING = 1e-15
+"""Relative change that Newton's iteration cannot improve on."""
+
 Numbers = float | Sequence[float] | Tensor
 
 
@@ -105,7 +108,7 @@ class FixedPoint:
             f"{float(self.bias_variance):.4g}: {self.phase}"
         )
         lines = [
-            f"{left:<16}{float(one):<12.4g}{right:<20}{float(two):.4g}"
+            f"{left:<16}{_word(one):<12}{right:<20}{_word(two)}"
             for left, one, right, two in rows
         ]
         return "\n".join([head, *lines])
@@ -189,13 +192,12 @@ def fixed_point(
     )
     if not start > 0:
         raise ValueError(f"start must be > 0, got {start}.")
-    variance = _root(
-        lambda q: weight * phi.value.square(q).value + bias, torch.full_like(weight, start)
-    )
+    variance = _root(phi, weight.ravel(), bias.ravel(), start).reshape(weight.shape)
     # Relu has no scale: for a variance of 0 or infinity the equations hold at 1, without biases.
+    # Others have theirs at 0 as a limit: a derivative at a kink would be a convention of torch.
     scaleless = ((variance == 0) | variance.isinf()) & phi.homogeneous
-    at = torch.where(scaleless, 1.0, variance.where(variance.isfinite(), torch.nan))
-    ground = torch.where(scaleless, 0.0, bias)
+    at = variance.clamp(min=SMALLEST).where(variance.isfinite(), torch.nan)
+    at, ground = torch.where(scaleless, 1.0, at), torch.where(scaleless, 0.0, bias)
     gain = weight * phi.slope.square(at).value
     grown = weight * phi.value.square(at).value + ground
     correlation, slope = _correlation(phi, at, weight, ground, grown)
@@ -283,49 +285,61 @@ def _variances(given: Numbers, name: str) -> Tensor:
     return values
 
 
-def _root(image: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """The first `q = image(q)` that is met from the start; 0 or infinite if there is none before.
+def _root(phi: Kernel, weight: Tensor, bias: Tensor, start: float) -> Tensor:
+    """The first fixed point of the variance that is met from the start; 0 or infinite if none is.
 
-    Doubling, or halving, brackets it; Newton's iteration, kept inside of the bracket, finds it.
+    Powers of 4 bracket it; Newton's iteration, kept inside of the bracket, finds it. Each step is
+    computed only where it is still needed.
     """
 
-    def excess(q: Tensor) -> Tensor:
-        found = image(q) - q
-        # Rounding must not make a root of what only comes close to one.
-        return torch.where(found.abs() <= FLAT * q, 0.0, found)
+    def excess(q: Tensor, at: Tensor) -> Tensor:
+        return weight[at] * phi.value.square(q).value + bias[at] - q
 
-    first = excess(start)
-    upwards = first > 0
-    low, high = start.clone(), start.clone()
-    found = torch.where(first == 0, start, torch.nan)
-    # 0 is a fixed point, or the image of 0 is positive: then it is a lower end.
-    ground = image(torch.zeros_like(start)) > 0
-    low = torch.where(~upwards & ground, 0.0, low)
-    open_ = (first != 0) & (upwards | ~ground)
-    while open_.any():
-        low = torch.where(open_ & ~upwards, low / 2, low)
-        high = torch.where(open_ & upwards, high * 2, high)
-        gone = open_ & ((low < SMALLEST) | (high > LARGEST))
-        found = torch.where(gone, torch.where(upwards, torch.inf, 0.0), found)
-        value = excess(torch.where(upwards, high, low))
-        open_ = open_ & ~gone & torch.where(upwards, value > 0, value < 0)
-    settled = ~found.isnan()
-    q = (low + high) / 2
+    def settled(value: Tensor, q: Tensor) -> Tensor:
+        # Rounding must not make a root of what only comes close to one.
+        return value.abs() <= FLAT * q
+
+    found = torch.full_like(weight, start)
+    at = torch.arange(len(weight))
+    first = excess(found, at)
+    at = at[~settled(first, found)]
+    up = first > 0
+    low, high = found.clone(), found.clone()
+    # If the image of 0 is positive, 0 is a lower end; else it is a fixed point itself.
+    ground = ~up[at] & (excess(torch.zeros_like(low[at]), at) > 0)
+    low[at[ground]] = 0.0
+    inside, search = [at[ground]], at[~ground]
+    while len(search):
+        rising = up[search]
+        q = torch.where(rising, 4 * high[search], low[search] / 4)
+        high[search], low[search] = q.where(rising, high[search]), q.where(~rising, low[search])
+        value = excess(q, search)
+        beyond = torch.where(rising, q > LARGEST, q < SMALLEST)
+        found[search[beyond]] = torch.where(rising, torch.inf, 0.0)[beyond].to(found)
+        turned = torch.where(rising, value <= 0, (value > 0) & ~settled(value, q)) & ~beyond
+        inside.append(search[turned])
+        search = search[~turned & ~beyond]
+    at = torch.cat(inside)
+    found[at] = (low[at] + high[at]) / 2
     for _ in range(STEPS):
+        if not len(at):
+            break
+        q = found[at]
         with torch.enable_grad():
             leaf = q.clone().requires_grad_()
-            value = image(leaf) - leaf
+            value = excess(leaf, at)
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         value = value.detach()
-        low, high = torch.where(value > 0, q, low), torch.where(value > 0, high, q)
+        low[at], high[at] = (
+            torch.where(value > 0, q, low[at]),
+            torch.where(value > 0, high[at], q),
+        )
         new = q - value / slope
-        inside = (new > low) & (new < high)
-        new = torch.where(inside, new, (low + high) / 2)
-        moved = (new - q).abs() > 4 * torch.finfo(q.dtype).eps * q
-        q = new
-        if not (moved & ~settled).any():
-            break
-    return torch.where(settled, found, q)
+        new = torch.where((new > low[at]) & (new < high[at]), new, (low[at] + high[at]) / 2)
+        done = (value.abs() <= ROUNDING * q) | ((new - q).abs() <= ROUNDING * q)
+        found[at] = torch.where(value.abs() <= ROUNDING * q, q, new)
+        at = at[~done]
+    return found
 
 
 def _correlation(
@@ -338,24 +352,17 @@ def _correlation(
     from below, without overshooting.
     """
     value, slope = phi.value.curve(at, at), phi.slope.curve(at, at)
-
-    def slope_at(c: Tensor) -> Tensor:
-        return weight * slope(c).value * at / grown
-
-    one = torch.ones_like(at)
     end = weight * phi.slope.square(at).value * at / grown
-    # A signal that has died out is all alike; close to its end it is linear, with the same slope.
-    end = torch.where(at == 0, weight * phi.slope.square(at).value, end)
     chaotic = end > 1 + FLAT
-    c = torch.where(chaotic, 0.0, one)
+    c = torch.where(chaotic, 0.0, torch.ones_like(at))
     for _ in range(STEPS):
-        step = ((weight * value(c).value + ground) / grown - c) / (1 - slope_at(c))
-        step = torch.where(chaotic & step.isfinite(), step, 0.0)
-        c = (c + step).clamp(0, 1)
-        if not (step.abs() > 4 * torch.finfo(c.dtype).eps).any():
+        residual = (weight * value(c).value + ground) / grown - c
+        if not (chaotic & (residual.abs() > ROUNDING)).any():
             break
+        step = residual / (1 - weight * slope(c).value * at / grown)
+        c = torch.where(chaotic & step.isfinite(), c + step, c).clamp(0, 1)
     c = torch.where(end.isnan(), torch.nan, c)
-    return c, torch.where(chaotic, slope_at(c), end)
+    return c, torch.where(chaotic, weight * slope(c).value * at / grown, end)
 
 
 def _change(phi: Kernel, at: Tensor, weight: Tensor) -> Tensor:
@@ -374,14 +381,40 @@ def _depth(slope: Tensor) -> Tensor:
 
 
 def _edge(phi: Kernel, bias: Tensor) -> Tensor:
-    """σ_w² of the edge; NaN if there is none."""
+    """σ_w² of the edge; NaN if there is none.
+
+    At the edge `σ_w² = 1 / E φ'²`, and the variance q is a fixed point if
+    `q − E φ² / E φ'² = σ_b²`: the roots of one curve. Not every one is where signals go.
+    """
     if phi.homogeneous:
         return 1 / phi.slope.square(torch.ones_like(bias)).value
 
-    def weight_at(q: Tensor) -> Tensor:
-        return 1 / phi.slope.square(q).value
+    def missing(q: Tensor) -> Tensor:
+        found = q - phi.value.square(q).value / phi.slope.square(q).value
+        return torch.where(found.abs() <= FLAT * q, 0.0, found)
 
-    variance = _root(
-        lambda q: phi.value.square(q).value * weight_at(q) + bias, torch.ones_like(bias)
-    )
-    return torch.where(variance.isfinite(), weight_at(variance), torch.nan)
+    grid = torch.logspace(-8, 6, 225, dtype=bias.dtype)
+    heights = missing(grid) - bias.reshape(-1, 1)
+    below = heights < 0
+    which, place = (below[:, 1:] != below[:, :-1]).nonzero(as_tuple=True)
+    # Without biases, 0 may be a fixed point.
+    none = (bias.ravel() == 0).nonzero().ravel()
+    sigma_b = bias.ravel()[torch.cat([none, which])]
+    low, high = grid[place], grid[place + 1]
+    rising = below[which, place]
+    for _ in range(60):
+        middle = (low + high) / 2
+        left = ((missing(middle) - bias.ravel()[which]) < 0) == rising
+        low, high = torch.where(left, middle, low), torch.where(left, high, middle)
+    q = torch.cat([torch.full_like(sigma_b[: len(none)], SMALLEST), (low + high) / 2])
+    weight = 1 / phi.slope.square(q).value
+    reached = fixed_point(phi, weight, sigma_b).gain
+    weight = torch.where((reached - 1).abs() < 1e-6, weight, torch.inf)
+    edge = torch.full_like(bias.ravel(), torch.inf)
+    edge = edge.scatter_reduce(0, torch.cat([none, which]), weight, "amin")
+    return torch.where(edge.isfinite(), edge, torch.nan).reshape(bias.shape)
+
+
+def _word(value: Tensor) -> str:
+    """Without the rounding of what is 0."""
+    return f"{round(float(value), 15):.4g}"

@@ -34,8 +34,8 @@ class SpectrumStatistics:
         samples: T.
         outputs: C, or how many of them an output Fisher matrix counts.
         num_parameters: P.
-        kappa: κ1 and κ2, mean terms of a sample and of a pair of different samples, per
-            parameter of an output's width; None if measured.
+        kappa: κ1 and κ2, T times an entry of the dual matrix on and off the diagonal, in units of
+            P/M with M the mean width of hidden layers: the mean is `κ1 C/M`. None if measured.
     """
 
     mean: float
@@ -118,7 +118,7 @@ def spectrum_statistics(
         output_fisher: mean over samples, `(C, C)`; the identity by default.
 
     Returns:
-        The statistics; their count bound and learning-rate bound are 2/λ_max and Markov's.
+        The statistics, with bounds on learning rate and number of large eigenvalues.
 
     Raises:
         ValueError: If widths or the number of samples are missing or at odds.

@@ -15,7 +15,7 @@ so S plus rank 2, once the bias is eliminated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -268,48 +268,52 @@ class UnitFisher:
 
 @dataclass(frozen=True, eq=False)
 class _Inverse:
-    """`(F + λI)⁻¹` by eliminating the bias and adding two rank-1 terms to `K = aS + λI`.
+    """`(F + λI)⁻¹` by eliminating the bias and adding rank-1 terms to `K = aS + λI`.
 
     The Schur complement of the bias is `K + a(V − 1) c cᵀ + β x̄ x̄ᵀ` with a = B a₀ and
     β = aλ/(a + λ); without a bias β = a. Sherman-Morrison for the first term, then the second,
-    which is Woodbury's formula of rank 2 with all pivots positive.
+    which is Woodbury's formula of rank 2 with all pivots positive. Both are one term if the inputs
+    have no mean: then `x̄ = t c`.
 
     Attributes:
         fisher: F.
         damping: λ.
         along: K⁻¹c, `(*U, n)`.
-        pivot: 1 + (V − 1) a cᵀK⁻¹c, `(*U)`.
-        beta: β, `(*U)`; None if zero.
-        centre: the inverse of the first two terms, times x̄; None if β = 0.
-        second_pivot: 1 + β x̄ᵀ(...)⁻¹x̄; None if β = 0.
+        bend: the number before `c cᵀ`, divided by the pivot, `(*U)`.
+        pivot: one plus the number before `c cᵀ` times `cᵀK⁻¹c`, `(*U)`.
+        second: the term of x̄, if there is one.
     """
 
     fisher: UnitFisher
     damping: float
     along: Tensor
+    bend: Tensor
     pivot: Tensor
-    beta: Tensor | None = None
-    centre: Tensor | None = None
-    second_pivot: Tensor | None = None
+    second: _SecondTerm | None = None
 
     @classmethod
     def of(cls, fisher: UnitFisher, damping: float) -> _Inverse:
-        a, c, variance = fisher.amount, fisher.correlation, fisher.tilted.variance
+        a, variance = fisher.amount, fisher.tilted.variance
         if damping == 0:
             along = fisher.direction / a[..., None]
         else:
-            along = fisher.covariance.solve(c, a, damping)
-        # With κ = a cᵀK⁻¹c, 1 − κ = λ (w/σ)ᵀK⁻¹c: a sum of positive terms, where 1 + (V − 1)κ
-        # would cancel for small V. Both are zero if the unit sees no direction; then V = 1.
-        kappa = a * _dot(c, along)
-        pivot = variance * kappa + damping * _dot(fisher.direction, along)
-        first = cls(fisher, damping, along, torch.where(pivot > 0, pivot, 1))
-        if fisher.has_bias and damping == 0:
+            along = fisher.covariance.solve(fisher.correlation, a, damping)
+        beta = a
+        if fisher.has_bias:
+            beta = torch.zeros_like(a) if damping == 0 else a * damping / (a + damping)
+        parallel = fisher.mean is None
+        extra = beta * fisher.tilted.mean.square() if parallel else 0
+        # 1 = a cᵀK⁻¹c + λ (w/σ)ᵀK⁻¹c: with that the pivot is a sum of positive terms, where
+        # 1 + (V − 1)a cᵀK⁻¹c would cancel for small V. A unit that sees no direction has V = 1.
+        pivot = (a * variance + extra) * _dot(fisher.correlation, along)
+        pivot = pivot + damping * _dot(fisher.direction, along)
+        pivot = torch.where(pivot > 0, pivot, 1)
+        first = cls(fisher, damping, along, (a * (variance - 1) + extra) / pivot, pivot)
+        if parallel or (fisher.has_bias and damping == 0):
             return first
-        beta = a * damping / (a + damping) if fisher.has_bias else a
-        centre = first._rank_one(fisher.input_mean)
-        second = 1 + beta * fisher.along_mean(centre)
-        return cls(fisher, damping, along, first.pivot, beta, centre, second)
+        vector = first._rank_one(fisher.input_mean)
+        second_pivot = 1 + beta * fisher.along_mean(vector)
+        return replace(first, second=_SecondTerm(vector, beta / second_pivot, second_pivot))
 
     def apply(self, g_w: Tensor, g_b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The solution, in the shapes of the right-hand side."""
@@ -324,24 +328,31 @@ class _Inverse:
         """`ln det(F + λI)`, `(*U)`."""
         a = self.fisher.amount
         total = self.fisher.covariance.logdet(a, self.damping) + torch.log(self.pivot)
-        if self.second_pivot is not None:
-            total = total + torch.log(self.second_pivot)
+        if self.second is not None:
+            total = total + torch.log(self.second.pivot)
         return total + torch.log(a + self.damping) if self.fisher.has_bias else total
 
     def _rank_one(self, y: Tensor) -> Tensor:
-        """`(K + a(V − 1) c cᵀ)⁻¹ y`."""
-        fisher = self.fisher
-        bend = fisher.amount * (fisher.tilted.variance - 1) / self.pivot
-        plain = fisher.covariance.solve(y, fisher.amount, self.damping)
-        return plain.addcmul_((bend * _dot(self.along, y))[..., None], self.along, value=-1)
+        """The inverse of K and the first term, times y."""
+        out = self.fisher.covariance.solve(y, self.fisher.amount, self.damping)
+        return out.addcmul_((self.bend * _dot(self.along, y))[..., None], self.along, value=-1)
 
     def _schur(self, y: Tensor) -> Tensor:
-        """`(K + a(V − 1) c cᵀ + β x̄ x̄ᵀ)⁻¹ y`."""
-        step = self._rank_one(y)
-        if self.beta is None or self.centre is None or self.second_pivot is None:
-            return step
-        share = self.beta * _dot(self.centre, y) / self.second_pivot
-        return step.addcmul_(share[..., None], self.centre, value=-1)
+        """The inverse of K and both terms, times y."""
+        out = self._rank_one(y)
+        if self.second is None:
+            return out
+        share = self.second.bend * _dot(self.second.vector, y)
+        return out.addcmul_(share[..., None], self.second.vector, value=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _SecondTerm:
+    """`β x̄ x̄ᵀ`, after the first: the inverse so far times x̄, β/pivot, and the pivot."""
+
+    vector: Tensor
+    bend: Tensor
+    pivot: Tensor
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -26,7 +26,16 @@ from neuromanifold.structures import (
     UnitWise,
 )
 
-__all__ = ["Options", "diagonal", "ekfac", "kfac", "meanfield", "quasidiagonal", "relative", "unitwise"]
+__all__ = [
+    "Options",
+    "diagonal",
+    "ekfac",
+    "kfac",
+    "meanfield",
+    "quasidiagonal",
+    "relative",
+    "unitwise",
+]
 
 
 class Options(TypedDict, total=False):
@@ -69,8 +78,9 @@ WEIGHT_DECAY = 0.02
 """Of presets, as that of AdamW is not zero: best on digits and a small language model
 (`python -m benchmarks.training`)."""
 
-RELATIVE_DAMPING = 0.001
-"""Of relative metrics, whose scale is that of the inputs and not of the loss (papers.md §1.4)."""
+RELATIVE: Options = {"lr": 0.05, "relative": 0.001, "schedule": Schedule(10, 20)}
+"""Of relative metrics, whose scale is that of the inputs and not of the loss, and which change
+slowly (papers.md §1.4; `python -m benchmarks.relative`)."""
 
 OF_OPTIMIZER = ("lr", "momentum", "weight_decay", "kl_max", "adamw_lr", "line", "maximize")
 
@@ -201,8 +211,9 @@ def relative(
             `nm.structures.RelativeUnits`, also for the next two.
         wide: what is kept of layers that are too wide for a matrix for each unit.
         widest: numbers that these matrices of a layer may have.
-        **options: see `nm.optim.Options`. Each block is damped by 0.001 times its mean eigenvalue,
-            unless `relative` says otherwise.
+        **options: see `nm.optim.Options`. Unless they say otherwise, `lr` is 0.05, each block is
+            damped by 0.001 times its mean eigenvalue (`relative`), and the metric is measured every
+            10 and inverted every 20 steps.
 
     Source: Sun and Nielsen, arXiv 1606.06069.
 
@@ -217,4 +228,4 @@ def relative(
         >>> opt.step()
     """
     structure = RelativeUnits(Gaussian() if response is None else response, wide, widest)
-    return _preset(model, likelihood, structure, {"relative": RELATIVE_DAMPING, **options})
+    return _preset(model, likelihood, structure, {**RELATIVE, **options})

@@ -184,6 +184,11 @@ def _among(value: Tensor, where: slice, groups: int) -> Tensor:
     return out
 
 
+def _two_by_two(first: Tensor, cross: Tensor, last: Tensor) -> Tensor:
+    """Symmetric matrices `(..., 2, 2)`."""
+    return torch.stack([first, cross, cross, last], dim=-1).unflatten(-1, (2, 2))
+
+
 class MeanFieldMatrix(BlockMatrix):
     """`diag(α_0 s, 0) + [m̃, c̃] K [m̃, c̃]ᵀ` for each unit, in a basis that all units share.
 
@@ -271,11 +276,8 @@ class MeanFieldMatrix(BlockMatrix):
         mm = (m.square().sum(dim=-1) + self.block.biased).expand_as(alpha)
         mc, cc = (m * c).sum(dim=-1), c.square().sum(dim=-1)
         smm, smc, scc = ((s * p).sum(dim=-1) for p in (m.square(), m * c, c.square()))
-        k = torch.stack([torch.stack([alpha, beta], -1), torch.stack([beta, gamma - alpha], -1)], -2)
-        gram = torch.stack([torch.stack([mm, mc], -1), torch.stack([mc, cc], -1)], -2)
-        within = torch.stack(
-            [torch.stack([smm.expand_as(mc), smc], -1), torch.stack([smc, scc], -1)], -2
-        )
+        k = _two_by_two(alpha, beta, gamma - alpha)
+        gram, within = _two_by_two(mm, mc, cc), _two_by_two(smm.expand_as(mc), smc, scc)
         product = k @ gram
         squared = (product @ product).diagonal(dim1=-2, dim2=-1).sum(-1)
         squared = squared + 2 * alpha * (k * within).sum(dim=(-2, -1))
@@ -323,12 +325,12 @@ class MeanFieldMatrix(BlockMatrix):
 
     @property
     def direction(self) -> Tensor:
-        """c `(G, O, I)`, how inputs and pre-activations vary together."""
+        """The vectors c `(G, O, I)`: how inputs and pre-activations vary together."""
         direction, spread = self.unscaled_direction()
         return direction / spread
 
     def unscaled_direction(self) -> tuple[Tensor, Tensor]:
-        """c times a number for each unit, and that number `(G, O, 1)`."""
+        """The vectors c, times a number for each unit, and that number `(G, O, 1)`."""
         return self.variance[:, None] * self.weight, self._spread
 
     @cached_property
@@ -403,7 +405,7 @@ class MeanFieldInverse:
         )
 
     def _diagonal(self) -> Tensor:
-        """d `(G, O, I)`."""
+        """The diagonal `(G, O, I)`."""
         return torch.addcmul(self._damping, self.matrix.alphas[0], self._variance)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ NATURAL: dict[str, Preset] = {
     "quasidiagonal": optim.quasidiagonal,
     "diagonal": optim.diagonal,
     "relative": optim.relative,
+    "meanfield": optim.meanfield,
     "gram": optim.gram,
     "implicit": optim.implicit,
 }
