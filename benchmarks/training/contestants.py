@@ -92,5 +92,6 @@ CONTESTANTS = {
     "quasidiagonal": Contestant(0.15, partial(ours, nm.optim.quasidiagonal), curvature=True),
     "relative": Contestant(0.05, partial(ours, nm.optim.relative), curvature=True),
     "meanfield": Contestant(0.15, partial(ours, nm.optim.meanfield), curvature=True),
+    "projected": Contestant(0.15, partial(ours, nm.optim.projected_kfac), curvature=True),
     "diagonal": Contestant(0.15, partial(ours, nm.optim.diagonal), curvature=True),
 }

@@ -89,12 +89,14 @@ def test_prediction_is_within_ten_percent_of_five_networks(five, version, quanti
 
 def test_formulas_of_the_dossier():
     """papers.md §2.5 word for word, without biases, by a quadrature of its own."""
-    nodes, weights = (torch.from_numpy(a) for a in hermite(100))
+    # The trapezoidal rule converges exponentially for functions that are analytic near the axis.
+    nodes = torch.linspace(-12, 12, 601, dtype=torch.float64)
+    weights = 0.04 * (-(nodes**2) / 2).exp() / math.sqrt(2 * math.pi)
     width, sigma, overlap = 50, 1.3, 0.4
     net = propagate("tanh", weight_variance=sigma, widths=[width] * 4 + [3], overlap=overlap)
     a, r, activities, pairs, slopes, slope_pairs = 1.0, overlap, [1.0], [overlap], [], []
     for _ in range(3):
-        tau, rho = torch.tensor(sigma * a), torch.tensor(sigma * r)
+        tau, rho = torch.tensor([sigma * a, sigma * r], dtype=torch.float64)
         u = tau.sqrt() * nodes
         v = rho / tau.sqrt() * nodes[:, None] + (tau - rho**2 / tau).sqrt() * nodes
         both = weights[:, None] * weights
@@ -127,14 +129,6 @@ def test_formulas_of_the_dossier():
     assert found.learning_rate_bound == pytest.approx(2 / expected, rel=1e-10)
 
 
-def hermite(num):
-    """Nodes and weights of the standard normal measure."""
-    import numpy as np
-
-    nodes, weights = np.polynomial.hermite_e.hermegauss(num)
-    return nodes, weights / math.sqrt(2 * math.pi)
-
-
 def test_samples_that_are_alike_are_a_data_set():
     """κ1 and κ2 give what a data set with just these overlaps does."""
     setting = {"weight_variance": 1.5, "bias_variance": 0.2, "widths": [30, 40, 20, 5]}
@@ -143,7 +137,9 @@ def test_samples_that_are_alike_are_a_data_set():
         matrix = torch.full((6, 6), overlap, dtype=torch.float64).fill_diagonal_(1.0)
         net = propagate("relu", **setting, activity=matrix.diagonal(), overlap=matrix)
         many = spectrum_statistics(net)
-        assert many.to_dict() == pytest.approx(one.to_dict(), rel=1e-12)
+        assert many.kappa == pytest.approx(one.kappa, rel=1e-12)
+        for name in ("mean", "second_moment", "largest", "num_parameters", "samples", "outputs"):
+            assert getattr(many, name) == pytest.approx(getattr(one, name), rel=1e-12)
         assert many.count_bound(many.largest / 3) == pytest.approx(
             one.count_bound(one.largest / 3), rel=1e-12
         )
@@ -181,17 +177,17 @@ def test_other_likelihoods_enter_by_their_output_fisher():
 @pytest.mark.parametrize("factor", [0.95, 1.05])
 def test_learning_rate_bound_of_the_linearised_model(factor):
     """Gradient descent on the linearised loss shrinks below the measured bound, and grows above."""
-    x = inputs(0, 6, 40)
-    model = Network([40, 40, C], torch.tanh, 1.0, 0)
+    x = inputs(0, 6, 8).double()
+    model = Network([8, 8, C], torch.tanh, 1.0, 0).double()
     F = nm.fisher(model, nm.Gaussian(), x, nm.Gram(), estimator=nm.Exact())
-    bound = 2 / float(F.eigenvalues(1)[0])
-    residual = torch.ones(len(F.gram), dtype=torch.float64)
-    K = F.gram.double()
-    before = residual
+    rate = factor * 2 / float(F.eigenvalues(1)[0])
+    params = dict(model.named_parameters())
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, x))(params)
+    J = torch.cat([part.detach().flatten(2).flatten(0, 1) for part in jacobian.values()], dim=1)
+    residual = start = model(x).detach().flatten() - 1
     for _ in range(400):
-        residual = residual - factor * bound * (K @ residual)
-    top = torch.linalg.eigh(K)[1][:, -1]
-    assert (abs(top @ residual) < abs(top @ before)) == (factor < 1)
+        residual = residual - rate * J @ (J.T @ residual) / len(x)
+    assert (float(residual.norm() / start.norm()) < 1) == (factor < 1)
 
 
 def test_text_and_plain_data():

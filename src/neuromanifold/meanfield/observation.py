@@ -32,7 +32,7 @@ __all__ = ["FoundLayer", "Signals", "found_layers", "measured_signals", "trainab
 _BENDING = frozenset([
     "celu", "cos", "elu", "erf", "exp", "gelu", "hardshrink", "hardsigmoid", "hardswish",
     "hardtanh", "leaky_relu", "logsigmoid", "mish", "relu", "relu6", "selu", "sigmoid", "silu",
-    "sin", "softplus", "softshrink", "softsign", "tanh", "tanhshrink", "threshold",
+    "sin", "softplus", "softshrink", "softsign", "tanh", "tanhshrink",
 ])
 """Names of functions that act entry by entry, and bend."""
 
@@ -195,15 +195,18 @@ def _as_called(
     """An activation with the arguments that it got after the tensor."""
     if name == "leaky_relu":  # has a closed form for each slope
         return nn.LeakyReLU(*args, **kwargs)
-    if not args and not kwargs and hasattr(torch, name):
-        return name
 
     def called(u: Tensor) -> Tensor:
         result: Tensor = func(u, *args, **kwargs)
         return result
 
     called.__name__ = name
-    return called
+    # By its name it is known in advance, if it was called with its defaults.
+    probe = torch.linspace(-4, 4, 33)
+    plain = getattr(nn.functional, name, None) or getattr(torch, name)
+    with torch._C.DisableTorchFunction():
+        same = torch.equal(called(probe.clone()), plain(probe.clone()))
+    return name if same else called
 
 
 def found_layers(model: nn.Module, batch: Batch) -> tuple[list[FoundLayer], list[str]]:
@@ -300,7 +303,7 @@ def measured_signals(
                 else:
                     groups, _, positions, width = part.a.shape
                     overlap = _cross(part.a[None]) / (groups * positions * width)
-                    found[name] = Signals(overlap, error)
+                    found[name] = Signals(_bounded(overlap), error)
     return found, output_fisher
 
 
@@ -318,6 +321,12 @@ def _outputs(model: nn.Module, batch: Batch) -> Tensor:
     with buffers_kept(model):
         outputs: Tensor = logits_of(call_model(model, batch.inputs))
     return outputs
+
+
+def _bounded(overlap: Tensor) -> Tensor:
+    """Without the rounding by which inputs that are one and the same overlap more than they can."""
+    root = (overlap.diagonal()[:, None] * overlap.diagonal()).sqrt()
+    return torch.minimum(torch.maximum(overlap, -root), root)
 
 
 def _cross(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Where depth leads: fixed points of variance and correlation, and the edge of chaos.
 
-Iterated over layers, the variance τ of a signal goes to `q = σ_w² E φ² + σ_b²`, and the correlation
-of two inputs to `c = (σ_w² E φ(a) φ(b) + σ_b²) / q`. One input seen twice stays so, `c = 1`; whether
-two that are close come closer is the question of `χ = σ_w² E φ'² < 1`, which is also the gain of
-squared errors on their way down. `χ = 1` is the edge between order and chaos.
+Iterated over layers, the variance τ of a signal goes to `q = σ_w² E φ² + σ_b²`, the correlation of
+two inputs to `c = (σ_w² E φ(a) φ(b) + σ_b²) / q`. One input seen twice stays so, `c = 1`; two that
+are close come closer if `χ = σ_w² E φ'² < 1`, which is also the gain of squared errors on their way
+down. `χ = 1` is the edge between order and chaos.
 
 Sources: Amari, Karakida and Oizumi, arXiv 1808.07172; Poole et al., arXiv 1606.05340, and
 Schoenholz et al., arXiv 1611.01232, for the depth scales.
@@ -11,7 +11,7 @@ Schoenholz et al., arXiv 1611.01232, for the depth scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -61,8 +61,9 @@ class FixedPoint:
         correlation_depth: ξ_c, the same of the correlation: how deep a network can be and still
             tell its inputs apart by their signals.
 
-    What has no meaning is NaN: correlation and gain where the variance grows without end, unless
-    the activation is homogeneous (relu), where they do not depend on it.
+    Where signals die out, `variance = 0`, the correlation is that of what is left of them, which
+    then hardly changes: its slope is 1. Where the variance grows without end, relu and its kin have
+    a correlation and a gain all the same, as they do not depend on it; others have NaN there.
     """
 
     name: str
@@ -108,8 +109,7 @@ class FixedPoint:
             f"{float(self.bias_variance):.4g}: {self.phase}"
         )
         lines = [
-            f"{left:<16}{_word(one):<12}{right:<20}{_word(two)}"
-            for left, one, right, two in rows
+            f"{left:<16}{_word(one):<12}{right:<20}{_word(two)}" for left, one, right, two in rows
         ]
         return "\n".join([head, *lines])
 
@@ -149,9 +149,7 @@ class PhaseDiagram:
     def __str__(self) -> str:
         heads = [f"{float(value):.3g}" for value in self.weight_variances]
         rows = [["σ_b² \\ σ_w²", *heads, "edge at"]]
-        for bias, gains, edge in zip(
-            self.bias_variances, self.points.gain, self.edge, strict=True
-        ):
+        for bias, gains, edge in zip(self.bias_variances, self.points.gain, self.edge, strict=True):
             rows.append([f"{float(v):.3g}" for v in (bias, *gains, edge)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(map(str.rjust, row, widths)) for row in rows]
@@ -168,9 +166,11 @@ def fixed_point(
     """Where variance and correlation of signals go as a random network gets deeper.
 
     Of several fixed points of the variance it is the first that a signal meets on its way from
-    `start`. Relu and its kin are linear in the variance: σ_w² below 2 they end at
-    `σ_b² / (1 − σ_w²/2)`, above they grow without end, and at 2, without biases, every variance is
-    a fixed point; the one reported is the start.
+    `start`; the correlation is that of inputs whose own is not negative.
+
+    Relu and its kin are linear in the variance: for σ_w² below 2 it ends at `σ_b² / (1 − σ_w²/2)`,
+    above it grows without end; at 2, without biases, every variance is a fixed point, and the one
+    reported is the start.
 
     Args:
         activation: as for `kernel`.
@@ -183,8 +183,10 @@ def fixed_point(
 
     Example:
         >>> print(fixed_point("tanh", 1.5, 0.05))
-        tanh, weight variance 1.5, bias variance 0.05: chaotic
-        variance q*     0.5
+        tanh, weight variance 1.5, bias variance 0.05: ordered
+        variance q*     0.418       layers to reach it  1.683
+        correlation c*  1           layers to reach it  15.79
+        gain            0.9386      slope at c*         0.9386
     """
     phi = kernel(activation)
     weight, bias = torch.broadcast_tensors(
@@ -236,7 +238,7 @@ def edge_of_chaos(activation: Activation, bias_variance: Numbers = 0.0) -> Tenso
         >>> edge_of_chaos("tanh")
         tensor(1., dtype=torch.float64)
         >>> round(float(edge_of_chaos("tanh", 0.05)), 4)
-        1.7603
+        1.761
     """
     phi = kernel(activation)
     bias = _variances(bias_variance, "bias_variance")
@@ -253,7 +255,7 @@ def edge_of_chaos(activation: Activation, bias_variance: Numbers = 0.0) -> Tenso
 def phase_diagram(
     activation: Activation, weight_variances: Numbers, bias_variances: Numbers
 ) -> PhaseDiagram:
-    """Fixed points for all pairs of a weight and a bias variance.
+    r"""Fixed points for all pairs of a weight and a bias variance.
 
     Args:
         activation: as for `kernel`.
@@ -266,6 +268,9 @@ def phase_diagram(
     Example:
         >>> print(phase_diagram("tanh", [0.5, 1.0, 2.0], [0.0, 0.1]))
         Gain of tanh: below 1 order, above 1 chaos
+        σ_b² \ σ_w²    0.5      1     2  edge at
+                  0    0.5      1  1.11        1
+                0.1  0.393  0.689     1     1.99
     """
     weight = _variances(weight_variances, "weight_variances")
     bias = _variances(bias_variances, "bias_variances")

@@ -139,9 +139,10 @@ def propagate(
     """
     depth, sizes = _depth(depth, widths)
     kernels = _kernels(activation, depth)
-    first = activity.detach() if isinstance(activity, Tensor) else torch.tensor(activity)
-    if not (isinstance(activity, Tensor) and activity.is_floating_point()):
-        first = first.double()
+    given = activity.dtype if isinstance(activity, Tensor) else None
+    first = torch.as_tensor(
+        activity, dtype=given if given and given.is_floating_point else torch.float64
+    ).detach()
     pair = _pairs(first, overlap)
     weight = _per_layer(weight_variance, depth, "weight_variance", first)
     bias = _per_layer(bias_variance, depth, "bias_variance", first)

@@ -13,7 +13,7 @@ from neuromanifold.layers import Record
 from neuromanifold.linalg import Block
 from neuromanifold.operators import BlockMatrix
 from neuromanifold.optim.averages import RunningSums
-from neuromanifold.structures import EigenKronecker, Kronecker, Structure
+from neuromanifold.structures import EigenKronecker, Kronecker
 from neuromanifold.structures._base import AdditiveStructure, Source, Statistics
 from neuromanifold.structures.eigenkronecker import (
     EigenKroneckerMatrix,
@@ -22,28 +22,7 @@ from neuromanifold.structures.eigenkronecker import (
 )
 from neuromanifold.structures.kronecker import KroneckerMatrix
 
-__all__ = ["Curvature", "curvature_of"]
-
-
-def curvature_of(structure: Structure, parameters: Mapping[str, Tensor]) -> Curvature:
-    """Averages for a structure.
-
-    Args:
-        structure: what is kept.
-        parameters: of the model, by name.
-
-    Raises:
-        TypeError: If its statistics are no sums over samples.
-    """
-    if isinstance(structure, EigenKronecker):
-        return _InEigenbases(structure)
-    if isinstance(structure, AdditiveStructure):
-        return Curvature(structure.at(parameters))
-    raise TypeError(
-        f"A preconditioner averages sums over samples, which {structure!r} has none of. Use an "
-        f"additive structure such as nm.Kronecker(), nm.UnitWise() or nm.Diagonal(), or "
-        f"nm.EigenKronecker(). nm.optim.gram takes the exact matrix of each batch."
-    )
+__all__ = ["Curvature", "InEigenbases"]
 
 
 class Curvature:
@@ -70,6 +49,13 @@ class Curvature:
         """What is inverted, one matrix per block."""
         return self.averages_of(blocks)
 
+    def inverted(self, matrices: Sequence[BlockMatrix], inverses: Sequence[Any]) -> None:
+        """Matrices were just inverted."""
+
+    def followed(self, inverses: list[Any]) -> list[Any]:
+        """The inverses after a measurement that is not followed by an inversion."""
+        return inverses
+
     def averages_of(self, blocks: Sequence[Block]) -> list[BlockMatrix]:
         """The average, one matrix per block."""
         return [self._assemble(block) for block in blocks]
@@ -95,7 +81,7 @@ ALONG = "along"
 """Statistic: squared gradients along the bases."""
 
 
-class _InEigenbases(Curvature):
+class InEigenbases(Curvature):
     """Kronecker factors, and squared gradients along the eigenvectors that they had last time.
 
     When the bases are renewed, the squares along the old ones, spread over the new ones by the

@@ -13,11 +13,13 @@ from torch import Tensor
 from neuromanifold._typing import Params
 from neuromanifold.linalg import Block, psd
 from neuromanifold.linalg.packed import WORTH_IT, pack, unpack
+from neuromanifold.linalg.projection import Projection
 from neuromanifold.operators import BlockMatrix, Matrices
 from neuromanifold.structures.diagonal import DiagonalMatrix
 from neuromanifold.structures.eigenkronecker import EigenKroneckerMatrix, in_eigenbasis
 from neuromanifold.structures.kronecker import KroneckerMatrix
 from neuromanifold.structures.meanfield import MeanFieldMatrix
+from neuromanifold.structures.projected import ProjectedKroneckerMatrix
 
 __all__ = ["Inverse", "dampings", "from_state", "inverses", "precondition", "to_state"]
 
@@ -56,8 +58,8 @@ def inverses(
         In the order of the matrices.
     """
     return [
-        _Halved.of(_by_factors(matrix, damping))
-        if split and isinstance(matrix, KroneckerMatrix)
+        _by_factors(matrix, damping)
+        if split and isinstance(matrix, (KroneckerMatrix, ProjectedKroneckerMatrix))
         else _inverse(matrix, damping)
         for matrix, damping in zip(matrices, added, strict=True)
     ]
@@ -97,7 +99,7 @@ class _Halved:
 
     @classmethod
     def of(cls, matrix: KroneckerMatrix) -> _Halved | KroneckerMatrix:
-        """As it is, if no factor is wide."""
+        """Nothing is halved if no factor is wide."""
         block, factors = matrix.block, (matrix.inputs, matrix.outputs)
         wide = [
             f.ndim == 3 and f.shape[-1] >= WORTH_IT and f.numel() > 2 * block.num_parameters
@@ -152,24 +154,32 @@ def _(matrix: KroneckerMatrix, damping: Tensor) -> Inverse:
     return _inverse(in_eigenbasis(matrix), damping)
 
 
-def _by_factors(matrix: KroneckerMatrix, damping: Tensor) -> KroneckerMatrix:
+def _by_factors(matrix: KroneckerMatrix | ProjectedKroneckerMatrix, damping: Tensor) -> Inverse:
     """Each factor damped by itself."""
     of_inputs, of_outputs = _mean_eigenvalue(matrix.inputs), _mean_eigenvalue(matrix.outputs)
     pi = (of_inputs / of_outputs).sqrt()  # (G,)
     # Without information on one side, that of the other is damped by itself.
     pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
     root = damping**0.5
-    inputs = _aligned(_of_factor(matrix.inputs, pi * root))
-    return KroneckerMatrix(matrix.block, inputs, _aligned(_of_factor(matrix.outputs, root / pi)))
+    inputs = _of_factor(matrix.inputs, pi * root)
+    outputs = _of_factor(matrix.outputs, root / pi)
+    if isinstance(inputs, Projection) or isinstance(outputs, Projection):
+        return ProjectedKroneckerMatrix.of(matrix.block, inputs, outputs)
+    return _Halved.of(KroneckerMatrix(matrix.block, _aligned(inputs), _aligned(outputs)))
 
 
-def _mean_eigenvalue(factor: Tensor) -> Tensor:
+def _mean_eigenvalue(factor: Tensor | Projection) -> Tensor:
+    if isinstance(factor, Projection):
+        return factor.mean_eigenvalue()
     diagonal = factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
     return diagonal.mean(dim=1)
 
 
-def _of_factor(factor: Tensor, damping: Tensor) -> Tensor:
+def _of_factor(factor: Tensor | Projection, damping: Tensor) -> Tensor | Projection:
     """Of `(G, n, n)` or `(G, n)`, each group with its own damping."""
+    if isinstance(factor, Projection):
+        values = (factor.values + damping[:, None]).reciprocal_()
+        return Projection(values, factor.vectors, (factor.rest + damping).reciprocal_())
     if factor.ndim == 2:
         return (factor + damping[:, None]).reciprocal_()
     return _of_matrices(factor, damping[:, None])
@@ -232,6 +242,25 @@ def _(inverse: KroneckerMatrix, x: Tensor) -> Tensor:
 @_times.register
 def _(inverse: _Halved, x: Tensor) -> Tensor:
     return _times(inverse.whole(), x)
+
+
+@_times.register
+def _(inverse: ProjectedKroneckerMatrix, x: Tensor) -> Tensor:
+    x = x[0]
+    if isinstance(inverse.outputs, Projection):
+        x = _projected(inverse.outputs, x)
+    else:
+        x = _along_outputs(inverse.outputs, x)
+    if isinstance(inverse.inputs, Projection):
+        return _projected(inverse.inputs, x.mT).mT[None]
+    return _along_inputs(inverse.inputs, x)[None]
+
+
+def _projected(inverse: Projection, x: Tensor) -> Tensor:
+    """Times columns `(G, n, m)`, which are written over."""
+    along = inverse.vectors.mT @ x
+    rest = inverse.rest[:, None, None]
+    return x.mul_(rest).baddbmm_(inverse.vectors, inverse.weighted(along) - rest * along)
 
 
 @_times.register

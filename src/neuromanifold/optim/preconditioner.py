@@ -22,7 +22,7 @@ from neuromanifold.estimators import Estimator, MonteCarlo
 from neuromanifold.likelihoods import Likelihood
 from neuromanifold.linalg import Block
 from neuromanifold.operators import BlockMatrix
-from neuromanifold.optim.curvature import curvature_of
+from neuromanifold.optim.averaging import curvature_of
 from neuromanifold.optim.damping import LevenbergMarquardt, check_damping
 from neuromanifold.optim.inverses import (
     Inverse,
@@ -237,6 +237,8 @@ class Preconditioner:
             self._blocks, self._measured = source.plan.blocks, self.step
             if self._due()[1]:
                 self.invert()
+            else:
+                self._set_inverses(self._curvature.followed(self._inverses))
 
     def _asked(self, data: Any) -> AbstractContextManager[tuple[Structure, Source]]:
         return requested(
@@ -272,6 +274,7 @@ class Preconditioner:
             matrices, at_step(self.damping, self.step), at_step(self.relative, self.step)
         )
         self._set_inverses(inverses(matrices, added, split=self.split))
+        self._curvature.inverted(matrices, self._inverses)
         self._inverted = self.step
         self.damped = {
             name: value

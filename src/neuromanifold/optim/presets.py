@@ -19,7 +19,9 @@ from neuromanifold.structures import (
     EigenKronecker,
     Kronecker,
     MeanField,
+    Projected,
     QuasiDiagonal,
+    RecursiveInverse,
     Reducer,
     RelativeUnits,
     Structure,
@@ -32,6 +34,7 @@ __all__ = [
     "ekfac",
     "kfac",
     "meanfield",
+    "projected_kfac",
     "quasidiagonal",
     "relative",
     "unitwise",
@@ -165,6 +168,43 @@ def diagonal(
 ) -> NaturalGradient:
     """The diagonal of the Fisher matrix alone: the cheapest, and the one to compare with."""
     return _preset(model, likelihood, Diagonal(), options)
+
+
+def projected_kfac(
+    model: nn.Module,
+    likelihood: Likelihood,
+    *,
+    rank: float = 0.125,
+    energy: float = 1.0,
+    recursive: bool = False,
+    **options: Unpack[Options],
+) -> NaturalGradient:
+    """`kfac` along some directions of each factor, for wide layers: a fraction of time and memory.
+
+    Each factor keeps its largest eigenvalues, and the mean of the others for all other directions.
+    Sides with fewer than 64 numbers are kept whole.
+
+    Args:
+        model: that is trained.
+        likelihood: what its outputs mean.
+        rank: directions of each factor, or their share of its width; see `nm.Projected`.
+        energy: as few of them as hold this share of the trace.
+        recursive: whether the inverses follow each measurement, `nm.RecursiveInverse`.
+        **options: see `nm.optim.Options`.
+
+    Source: papers.md §4.5; Kaul and Lall, Projective Fisher Information for Natural Gradient
+    Descent, 2023.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x, y = torch.nn.Linear(400, 3), torch.randn(32, 400), torch.randint(3, (32,))
+        >>> opt = nm.optim.projected_kfac(model, nm.Categorical(), rank=20)
+        >>> torch.nn.functional.cross_entropy(model(x), y).backward()
+        >>> opt.step()
+    """
+    kind = RecursiveInverse if recursive else Projected
+    structure = Kronecker(inputs=kind(rank, energy), outputs=kind(rank, energy))
+    return _preset(model, likelihood, structure, options)
 
 
 def meanfield(

@@ -79,8 +79,11 @@ def chain(
         >>> bottom, top = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
         >>> stack = torch.nn.Sequential(bottom, torch.nn.Tanh(), top)
         >>> links = chain(stack, torch.randn(8, 4), nm.Categorical())
-        >>> [(link.name, tuple(link.seen.shape), link.fisher is None) for link in links]
-        [('0', (3, 3), False), ('1', (3, 3), True), ('2', (2, 2), False)]
+        >>> for link in links:
+        ...     print(link.name, tuple(link.seen.shape), link.fisher is None)
+        0 (3, 3) False
+        1 (3, 3) True
+        2 (2, 2) False
     """
     if depth is not None and depth < 0:
         raise ValueError(f"depth is a number of components >= 0, or None for all; got {depth}.")

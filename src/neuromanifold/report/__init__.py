@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from neuromanifold.report.collect import collect
 from neuromanifold.report.contest import render_contest
+from neuromanifold.report.meanfield import render_meanfield
+from neuromanifold.report.random_networks import study_model, study_random
 from neuromanifold.report.render import render
 from neuromanifold.report.standing import verdict
 
-__all__ = ["collect", "render", "render_contest", "verdict"]
+__all__ = [
+    "collect",
+    "render",
+    "render_contest",
+    "render_meanfield",
+    "study_model",
+    "study_random",
+    "verdict",
+]

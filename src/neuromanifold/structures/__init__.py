@@ -4,7 +4,7 @@ from neuromanifold.structures._base import AdditiveStructure, Progress, Reducer,
 from neuromanifold.structures.dense import BlockDiagonal, Dense
 from neuromanifold.structures.diagonal import Diagonal
 from neuromanifold.structures.eigenkronecker import EigenKronecker
-from neuromanifold.structures.factors import Full
+from neuromanifold.structures.factors import Full, Projected, RecursiveInverse
 from neuromanifold.structures.gram import Gram
 from neuromanifold.structures.implicit import Implicit
 from neuromanifold.structures.kronecker import Kronecker
@@ -28,7 +28,9 @@ __all__ = [
     "LowRank",
     "MeanField",
     "Progress",
+    "Projected",
     "QuasiDiagonal",
+    "RecursiveInverse",
     "Reducer",
     "RelativeUnits",
     "Source",

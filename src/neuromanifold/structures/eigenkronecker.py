@@ -65,6 +65,12 @@ class EigenKronecker(Structure):
 
     def __post_init__(self) -> None:
         self._kronecker()  # which checks the options
+        for name, kept in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if not isinstance(kept, Full):
+                raise TypeError(
+                    f"The eigenbases of EigenKronecker are whole: {name} is nm.Full(...), got "
+                    f"{kept!r}. nm.Kronecker takes projected factors."
+                )
 
     def _kronecker(self) -> Kronecker:
         return Kronecker(self.weight_sharing, self.inputs, self.outputs)

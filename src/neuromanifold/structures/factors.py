@@ -1,10 +1,12 @@
 """The factors of a Kronecker product: what is kept of one side's second moment.
 
-A factor is a batch over groups: `(G, n, n)`, or `(G, n)` if it is kept by, or is, its diagonal.
+A factor is a batch over groups: `(G, n, n)`, or `(G, n)` if it is kept by, or is, its diagonal; or
+a projection.
 """
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,13 +14,64 @@ import torch
 from torch import Tensor
 
 from neuromanifold.layers import Side
-from neuromanifold.linalg import psd
+from neuromanifold.linalg import memory, psd
+from neuromanifold.linalg.projection import Projection
 
-__all__ = ["Full", "apply", "diagonal", "eigh", "nearest_product"]
+__all__ = [
+    "Factor",
+    "Full",
+    "Projected",
+    "RecursiveInverse",
+    "apply",
+    "diagonal",
+    "eigh",
+    "nearest_product",
+]
+
+
+class Factor(ABC):
+    """What is kept of one side's second moment."""
+
+    widest: int
+
+    def is_diagonal(self, width: int) -> bool:
+        """Whether a side of this width is kept by its diagonal."""
+        return width > self.widest
+
+    def directions(self, width: int) -> int | None:
+        """How many directions of a side are kept apart, at most; None if it is kept otherwise."""
+        return None
+
+    def numel(self, width: int) -> int:
+        """Numbers kept for a side of this width."""
+        if self.is_diagonal(width):
+            return width
+        rank = self.directions(width)
+        return width**2 if rank is None else (width + 1) * rank + 1
+
+    def moment(self, side: Side, width: int, *, reduce: bool) -> Tensor:
+        """`(G, n, n)` or `(G, n)`."""
+        if self.is_diagonal(width):
+            return side.squares(reduce=reduce)
+        return side.moment(reduce=reduce)
+
+    def kept(self, moment: Tensor | Projection) -> Tensor | Projection:
+        """What is kept of a moment, unless that is known already."""
+        if isinstance(moment, Projection) or moment.ndim == 2:
+            return moment
+        rank = self.directions(moment.shape[-1])
+        if rank is None:
+            return moment
+        return Projection.of(moment, rank, self.energy)
+
+    @property
+    def energy(self) -> float:
+        """Share of the trace that is enough."""
+        return 1.0
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Factor):
     """The whole second moment; of a side wider than `widest`, its diagonal.
 
     Args:
@@ -36,39 +89,130 @@ class Full:
     widest: int = 8192
 
     def __post_init__(self) -> None:
-        if self.widest < 1:
-            raise ValueError(f"widest is a number of entries, at least 1; got {self.widest}.")
-
-    def is_diagonal(self, width: int) -> bool:
-        """Whether a side of this width is kept by its diagonal."""
-        return width > self.widest
-
-    def numel(self, width: int) -> int:
-        """Numbers kept for a side of this width."""
-        return width if self.is_diagonal(width) else width**2
-
-    def moment(self, side: Side, width: int, *, reduce: bool) -> Tensor:
-        """`(G, n, n)` or `(G, n)`."""
-        if self.is_diagonal(width):
-            return side.squares(reduce=reduce)
-        return side.moment(reduce=reduce)
+        _check_at_least_one(widest=self.widest)
 
 
-def apply(factor: Tensor, x: Tensor, *, outputs: bool) -> Tensor:
+@dataclass(frozen=True)
+class Projected(Factor):
+    """Some directions with their eigenvalues, and the mean of the others in all other directions.
+
+    `M ≈ U diag(s) Uᵀ + μ (1 − U Uᵀ)` has the trace of M, and is positive where the damping or μ is.
+    A product takes `2 n k` multiplications in place of `n²`, so a side is kept whole where k is not
+    below half its width.
+
+    Args:
+        rank: number of directions, or their share of the width if below 1.
+        energy: if below 1, as few of these directions as hold this share of the trace.
+        max_bytes: instead of the rank, what the directions of one side may take in float32, e.g.
+            "4 MiB".
+        narrowest: sides with fewer numbers are kept whole.
+        widest: of a side with more numbers, its diagonal is kept.
+
+    Source: papers.md §4.5.
+
+    Example:
+        >>> import torch, neuromanifold as nm
+        >>> model, x = torch.nn.Linear(200, 3), torch.randn(64, 200)
+        >>> structure = nm.Kronecker(inputs=nm.Projected(20))
+        >>> F = nm.fisher(model, nm.Categorical(), x, structure)
+        >>> F.coverage["weight"].note
+        'inputs by 20 of 201 directions'
+    """
+
+    rank: float = 0.125
+    energy: float = 1.0
+    max_bytes: int | str | None = None
+    narrowest: int = 64
+    widest: int = 8192
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(narrowest=self.narrowest, widest=self.widest)
+        if not (0 < self.rank < 1 or self.rank == int(self.rank) >= 1):
+            raise ValueError(
+                f"rank is a number of directions, or a share of the width between 0 and 1; "
+                f"got {self.rank!r}."
+            )
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy is a share of the trace, in (0, 1]; got {self.energy!r}.")
+        if self.max_bytes is not None:
+            memory.parse(self.max_bytes)
+
+    def directions(self, width: int) -> int | None:
+        """The rank, where it saves anything."""
+        if width < self.narrowest or self.is_diagonal(width):
+            return None
+        if self.max_bytes is not None:
+            rank = memory.parse(self.max_bytes) // (4 * width)
+        else:
+            rank = int(self.rank * width) if self.rank < 1 else int(self.rank)
+        rank = max(rank, 1)
+        return rank if 2 * rank < width else None
+
+
+@dataclass(frozen=True)
+class RecursiveInverse(Projected):
+    """`Projected`, with an inverse that follows each measurement.
+
+    In an optimizer, each measurement corrects the inverse of the projected factor by its rows
+    (`nm.linalg.recursive`), so that steps need not wait for the next inversion, in which the
+    directions are renewed. Elsewhere it is `Projected`.
+
+    Args:
+        rows: of a measurement that a correction takes, at most: a random part of them, scaled to
+            stand for all. If the rank is not larger than that, the inverse is made anew instead.
+        tolerance: on the relative residual for a random vector; beyond it the inverse is made anew.
+    """
+
+    rows: int = 128
+    tolerance: float = 0.1
+
+
+def _check_at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} is a number of entries, at least 1; got {number}.")
+
+
+def apply(factor: Tensor | Projection, x: Tensor, *, outputs: bool) -> Tensor:
     """Factor times one axis of vectors `(R, G, O, I)`: fan-out if `outputs`, else fan-in."""
+    if isinstance(factor, Projection):
+        return factor.matmul(x) if outputs else factor.matmul(x.mT).mT
     if factor.ndim == 2:
         return x * (factor[..., None] if outputs else factor[:, None])
     return factor @ x if outputs else x @ factor
 
 
-def diagonal(factor: Tensor) -> Tensor:
+def diagonal(factor: Tensor | Projection) -> Tensor:
     """`(G, n)`."""
+    if isinstance(factor, Projection):
+        return factor.diagonal()
     return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
 
 
-def full(factor: Tensor) -> Tensor:
+def full(factor: Tensor | Projection) -> Tensor:
     """`(G, n, n)`."""
+    if isinstance(factor, Projection):
+        return factor.dense()
     return torch.diag_embed(factor) if factor.ndim == 2 else factor
+
+
+def whole(factor: Tensor | Projection) -> Tensor:
+    """As one tensor."""
+    return factor.dense() if isinstance(factor, Projection) else factor
+
+
+def joined(parts: Sequence[Tensor | Projection]) -> Tensor | Projection:
+    """Along the groups."""
+    if len(parts) == 1:
+        return parts[0]
+    projections = [part for part in parts if isinstance(part, Projection)]
+    if len(projections) < len(parts):
+        return torch.cat([whole(part) for part in parts])
+    return Projection(
+        torch.cat([part.values for part in projections]),
+        torch.cat([part.vectors for part in projections]),
+        torch.cat([part.rest for part in projections]),
+    )
 
 
 def eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -9,13 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from neuromanifold.layers import Record, count_uses
+from neuromanifold.layers import Record, Side, count_uses
 from neuromanifold.linalg import Block, psd
+from neuromanifold.linalg.projection import Projection
 from neuromanifold.operators import BlockMatrix, Matrices
 from neuromanifold.structures import factors
 from neuromanifold.structures._base import AdditiveStructure, Statistics
 from neuromanifold.structures.diagonal import DiagonalMatrix
-from neuromanifold.structures.factors import Full
+from neuromanifold.structures.factors import Factor, Full
+from neuromanifold.structures.projected import ProjectedKroneckerMatrix
 
 __all__ = ["Kronecker", "KroneckerMatrix"]
 
@@ -57,8 +59,8 @@ class Kronecker(AdditiveStructure):
     whole_gradients: ClassVar[bool | None] = False
 
     weight_sharing: Literal["expand", "reduce"] = "expand"
-    inputs: Full = field(default_factory=Full)
-    outputs: Full = field(default_factory=Full)
+    inputs: Factor = field(default_factory=Full)
+    outputs: Factor = field(default_factory=Full)
 
     def __post_init__(self) -> None:
         if self.weight_sharing not in ("expand", "reduce"):
@@ -73,26 +75,37 @@ class Kronecker(AdditiveStructure):
             return {"squares": record.squared()}
         if form == "UnitWise":
             return {"moments": record.unit_moments()}
-        _, fan_out, fan_in = record.block.shape
-        reduce = self.weight_sharing == "reduce"
         statistics: Statistics = {}
         for i, part in enumerate(record.parts):
             assert part.sides is not None, f"{record.block.name}: units without inputs"
-            outputs, inputs = part.sides
             key = f"{part.groups.start}.{i}"
-            if record.first or not inputs.once:
-                moment = self.inputs.moment(inputs, fan_in, reduce=reduce)
-                statistics[f"{key}.inputs"] = moment
-            if record.first or not outputs.once:
-                moment = self.outputs.moment(outputs, fan_out, reduce=reduce)
-                statistics[f"{key}.outputs"] = moment
+            for name, side in zip(("outputs", "inputs"), part.sides, strict=True):
+                if record.first or not side.once:
+                    statistics.update(self.of_side(record.block, f"{key}.{name}", side))
             if record.first:
                 positions = (record.num_samples, part.num_positions)
-                uses = count_uses(part.used, positions, reduce=reduce)
+                uses = count_uses(part.used, positions, reduce=self.weight_sharing == "reduce")
                 if isinstance(uses, int):  # filled on the device: no copy from the host
                     uses = torch.full((), uses, device=record.device)
                 statistics[f"{key}.uses"] = uses
         return statistics
+
+    def of_side(self, block: Block, key: str, side: Side) -> Statistics:
+        """What is summed of one side at one place of use, under `PLACE.SIDE`."""
+        factor, width = self.factor(block, key)
+        return {key: factor.moment(side, width, reduce=self.weight_sharing == "reduce")}
+
+    def factor(self, block: Block, key: str) -> tuple[Factor, int]:
+        """What is kept of a side, and its width."""
+        if key.endswith("inputs"):
+            return self.inputs, block.fan_in
+        return self.outputs, block.fan_out
+
+    def mean(
+        self, block: Block, key: str, statistics: Statistics, count: float | Tensor
+    ) -> Tensor | Projection:
+        """The factor of one side at one place of use; the sums may be written over."""
+        return statistics[key].div_(count)
 
     def assemble(self, block: Block, statistics: Statistics, normaliser: float) -> BlockMatrix:
         """Means: inputs over uses, cotangents over samples."""
@@ -100,19 +113,17 @@ class Kronecker(AdditiveStructure):
             return DiagonalMatrix(block, statistics["squares"].div_(normaliser))
         if "moments" in statistics:
             return Matrices(block, statistics["moments"].flatten(0, 1).div_(normaliser))
-        places: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for key in (key for key in statistics if key.endswith(".uses")):
-            place = key.removesuffix(".uses")
-            inputs, outputs = statistics[f"{place}.inputs"], statistics[f"{place}.outputs"]
-            inputs.div_(statistics[key].clamp(min=1).to(inputs))
-            outputs.div_(normaliser)
+        places: dict[int, list[tuple[Tensor | Projection, Tensor | Projection]]] = {}
+        for place in (key.removesuffix(".uses") for key in statistics if key.endswith(".uses")):
+            uses = statistics[f"{place}.uses"].clamp(min=1)
+            outputs = self.mean(block, f"{place}.outputs", statistics, normaliser)
+            inputs = self.mean(block, f"{place}.inputs", statistics, uses)
             places.setdefault(int(place.partition(".")[0]), []).append((outputs, inputs))
-        groups = [
-            factors.nearest_product(*zip(*places[start], strict=True)) for start in sorted(places)
-        ]
-        outputs, inputs = (
-            parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*groups, strict=True)
-        )
+        groups = [_product(places[start]) for start in sorted(places)]
+        outputs, inputs = (factors.joined(parts) for parts in zip(*groups, strict=True))
+        outputs, inputs = self.outputs.kept(outputs), self.inputs.kept(inputs)
+        if isinstance(outputs, Projection) or isinstance(inputs, Projection):
+            return ProjectedKroneckerMatrix.of(block, inputs, outputs)
         return KroneckerMatrix(block, inputs, outputs)
 
     def form(self, block: Block) -> Literal["Kronecker", "UnitWise", "Diagonal"]:
@@ -145,15 +156,32 @@ class Kronecker(AdditiveStructure):
         if form != "Kronecker":
             without = "no inputs, hence no input factor" if block.fan_in == block.biased else ""
             return form, True, without
-        wide = [
-            f"{side} by their diagonal: {width} wide"
-            for side, kept, width in (
-                ("inputs", self.inputs, block.fan_in),
-                ("outputs", self.outputs, block.fan_out),
-            )
-            if kept.is_diagonal(width)
+        sides = (
+            ("inputs", self.inputs, block.fan_in),
+            ("outputs", self.outputs, block.fan_out),
+        )
+        notes = [
+            f"{side} by {_kept(kept, width)}"
+            for side, kept, width in sides
+            if kept.is_diagonal(width) or kept.directions(width) is not None
         ]
-        return form, False, "; ".join(wide)
+        return form, False, "; ".join(notes)
+
+
+def _kept(factor: Factor, width: int) -> str:
+    if factor.is_diagonal(width):
+        return f"their diagonal: {width} wide"
+    return f"{factor.directions(width)} of {width} directions"
+
+
+def _product(
+    terms: list[tuple[Tensor | Projection, Tensor | Projection]],
+) -> tuple[Tensor | Projection, Tensor | Projection]:
+    """One product for all places of use."""
+    if len(terms) == 1:
+        return terms[0]
+    outputs, inputs = (map(factors.whole, side) for side in zip(*terms, strict=True))
+    return factors.nearest_product(list(outputs), list(inputs))
 
 
 class KroneckerMatrix(BlockMatrix):

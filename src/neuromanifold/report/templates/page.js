@@ -8,7 +8,7 @@
   const look = () => {
     const style = getComputedStyle(document.body);
     const value = (name) => style.getPropertyValue(name).trim();
-    const [ink, muted, line, paper] = ["--ink", "--muted", "--line", "--paper"].map(value);
+    const [ink, muted, line, paper, panel] = ["--ink", "--muted", "--line", "--paper", "--panel"].map(value);
     const series = ["--series-1", "--series-2", "--series-3"].map(value);
     const text = {
       labelColor: muted, labelFontSize: 12, titleColor: ink, titleFontSize: 12, titleFontWeight: 500,
@@ -24,7 +24,7 @@
       },
       axisY: { titlePadding: 12 },
       legend: { ...text, symbolType: "square", symbolSize: 110, columnPadding: 18 },
-      range: { category: series },
+      range: { category: series, heatmap: [panel, series[0]] },
       mark: { color: series[0] },
       rule: { color: series[0] },
       bar: { cornerRadius: 1 },
@@ -32,6 +32,7 @@
       style: {
         reference: { color: ink, stroke: paper, strokeWidth: 1, opacity: 1 },
         whisker: { color: ink, strokeWidth: 1.5, opacity: 0.85 },
+        label: { color: ink, fontSize: 12, fontWeight: 600 },
         ring: { color: ink, filled: false, strokeWidth: 1.5, opacity: 1 },
       },
     };

@@ -1,0 +1,132 @@
+"""Symmetric matrices with some directions kept apart, and one number for all the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuromanifold.linalg import lowrank, psd
+
+__all__ = ["Projection"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """`U diag(s) Uᵀ + μ (1 − U Uᵀ)`, for a batch of G matrices of width n.
+
+    Attributes:
+        values: s `(G, k)`; or a symmetric matrix along U `(G, k, k)` in place of `diag(s)`, which
+            only products are taken with.
+        vectors: U `(G, n, k)`, orthonormal columns.
+        rest: μ `(G,)`.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor, rank: int, energy: float = 1.0) -> Projection:
+        """The nearest one to a matrix `(G, n, n)`: its largest eigenvalues, the mean of the rest.
+
+        Args:
+            moment: positive semi-definite.
+            rank: k, at most.
+            energy: as few directions as hold this share of the trace, in all of the batch.
+        """
+        values, vectors = psd.eigh(moment)  # ascending
+        trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+        found = values[:, -rank:].flip(-1), vectors[..., -rank:].flip(-1)
+        return cls.completed(*found, trace, energy)
+
+    @classmethod
+    def of_image(
+        cls, test: Tensor, image: Tensor, trace: Tensor, energy: float = 1.0
+    ) -> Projection:
+        """From the images of k directions alone: what they say about M in a single look.
+
+        Args:
+            test: orthonormal columns Ω `(G, n, k)`.
+            image: `M Ω`.
+            trace: of M, `(G,)`.
+            energy: as few directions as hold this share of the trace.
+        """
+        found = [
+            lowrank.nystrom(omega.mT, y.mT, omega.shape[-1])
+            for omega, y in zip(test, image, strict=True)
+        ]
+        values, rows = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return cls.completed(values, rows.mT.contiguous(), trace, energy)
+
+    @classmethod
+    def completed(
+        cls, values: Tensor, vectors: Tensor, trace: Tensor, energy: float = 1.0
+    ) -> Projection:
+        """With what is missing of the trace spread evenly over the other directions.
+
+        Of all numbers, their mean eigenvalue is nearest in Frobenius norm.
+        """
+        others = vectors.shape[-2] - vectors.shape[-1]
+        rest = (trace - values.sum(-1)).clamp(min=0) / max(others, 1)
+        return cls(values, vectors, rest).cut(energy)
+
+    def cut(self, energy: float) -> Projection:
+        """With as few directions as hold a share of the trace, in all of the batch."""
+        if energy >= 1:
+            return self
+        trace = self.eigenvalues().sum(-1, keepdim=True)
+        held = self.values.cumsum(-1) / trace.clamp(min=torch.finfo(trace.dtype).tiny)
+        rank = int((held < energy).sum(-1).amax()) + 1  # those that are not enough, and one more
+        if rank >= self.values.shape[-1]:
+            return self
+        values, vectors = self.values[:, :rank], self.vectors[..., :rank].contiguous()
+        return self.completed(values, vectors, trace.squeeze(-1))
+
+    @property
+    def width(self) -> int:
+        """N."""
+        return self.vectors.shape[-2]
+
+    def function(self, function: psd.Function) -> Projection:
+        """Of the eigenvalues."""
+        return Projection(function(self.values), self.vectors, function(self.rest))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Times columns `(..., G, n, m)`."""
+        along = self.vectors.mT @ x
+        rest = self.rest[:, None, None]
+        return rest * x + self.vectors @ (self.weighted(along) - rest * along)
+
+    def weighted(self, along: Tensor) -> Tensor:
+        """Times columns `(..., G, k, m)` of coordinates along U."""
+        return self.values @ along if self.values.ndim == 3 else self.values[..., None] * along
+
+    def diagonal(self) -> Tensor:
+        """`(G, n)`."""
+        weights = (self.values - self.rest[:, None])[..., None]
+        return self.rest[:, None] + (self.vectors.square() @ weights).squeeze(-1)
+
+    def dense(self) -> Tensor:
+        """`(G, n, n)`."""
+        eye = torch.eye(self.width, dtype=self.vectors.dtype, device=self.vectors.device)
+        return self.matmul(eye)
+
+    def eigenvalues(self) -> Tensor:
+        """All n of each, `(G, n)`: first those that are kept apart."""
+        others = self.width - self.values.shape[-1]
+        return torch.cat([self.values, self.rest[:, None].expand(-1, others)], dim=-1)
+
+    def norm(self) -> Tensor:
+        """Frobenius norms `(G,)`."""
+        return torch.linalg.vector_norm(self.eigenvalues(), dim=-1)
+
+    def mean_eigenvalue(self) -> Tensor:
+        """`(G,)`."""
+        return self.eigenvalues().mean(dim=-1)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of columns `(..., G, n, m)` along U, and what is left over."""
+        along = self.vectors.mT @ x
+        return along, x - self.vectors @ along
