@@ -108,7 +108,7 @@ def test_the_library_does_not_load_the_extras():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["analyze"], ["estimate"], ["train"]], ids=" ".join
+    "command", [[], ["demo"], ["analyze"], ["estimate"], ["train"], ["meanfield"]], ids=" ".join
 )
 def test_help_does_not_load_torch(command):
     code = f"from neuromanifold.cli import app\napp({[*command, '--help']}, standalone_mode=False)"

@@ -60,14 +60,14 @@ def measure(workload: str, rounds: int) -> list[dict[str, Any]]:
                 for _ in range(SETTLED):
                     optimizer.preconditioner.advance()
     seconds = interleave(tasks, rounds)
-    unit, unit_bytes = seconds[REFERENCE], _bytes(optimizers[REFERENCE])
+    unit, unit_bytes = seconds[REFERENCE], state_bytes(optimizers[REFERENCE])
     return [
         {
             "workload": workload,
             "optimizer": name,
             "quartiles": quartiles(seconds[name], unit),
             "mean": statistics.mean(seconds[name]) / statistics.mean(unit),
-            "memory": _bytes(optimizers[name]) / unit_bytes,
+            "memory": state_bytes(optimizers[name]) / unit_bytes,
             "seconds": seconds[name],
         }
         for name in names
@@ -83,7 +83,7 @@ def _step(model: nn.Module, batch: Batch, optimizers: list[Optimizer]) -> None:
         optimizer.step()
 
 
-def _bytes(optimizers: list[Optimizer]) -> int:
+def state_bytes(optimizers: list[Optimizer]) -> int:
     """Of all tensors in the state; those that share memory count once."""
     storages = {}
     for optimizer in optimizers:

@@ -103,7 +103,8 @@ def compare_natural_gradients(
         gradient: of a function of the visible distribution, `(P,)`.
 
     Example:
-        >>> full, visible = torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([1.0, 0.5]))
+        >>> full = torch.diag(torch.tensor([1.0, 2.0]))
+        >>> visible = torch.diag(torch.tensor([1.0, 0.5]))
         >>> found = compare_natural_gradients(full, visible, torch.tensor([1.0, 1.0]))
         >>> print(found)
         gain per step: 3 nats visible, 1.5 full; cosine 0.816; they differ

@@ -80,7 +80,14 @@ class RecognitionNetwork(LayeredNetwork):
 
         Returns:
             Values of all layers, roots first, `v` last, each `(..., n_l)`.
+
+        Raises:
+            ValueError: If the values have another width.
         """
+        if v.shape[-1] != self.sizes[-1]:
+            raise ValueError(
+                f"Visible values have the shape (..., {self.sizes[-1]}), got {tuple(v.shape)}."
+            )
         hidden: list[Tensor | None] = [None] * (len(self.sizes) - 1)
         with torch.no_grad():
             return self._complete([*hidden, v], v.shape[:-1], generator)

@@ -65,8 +65,8 @@ class Rows:
     @property
     def size(self) -> SolverSize:
         """All that the memory of a solver depends on."""
-        _, variables, classes, _ = self.curvature.shape
-        return SolverSize(*self.inputs.shape, variables, classes)
+        (num, inputs), (variables, classes) = self.inputs.shape, self.curvature.shape[1:3]
+        return SolverSize(num, inputs, variables, classes)
 
     def fisher(self) -> Tensor:
         """The blocks, `(B, c I, c I)`, nats per parameter²."""

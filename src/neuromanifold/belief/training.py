@@ -105,8 +105,8 @@ class Training(ABC):
             raise ValueError(f"damping must be >= 0 nats/parameter², got {damping}.")
         if kl_max is not None and (not kl_max > 0 or not natural or lr is None):
             raise ValueError(
-                f"kl_max is > 0 nats, for natural=True and steps of length lr; got kl_max={kl_max}, "
-                f"natural={natural}, lr={lr!r}."
+                f"kl_max is > 0 nats, for natural=True and steps of length lr; got "
+                f"kl_max={kl_max}, natural={natural}, lr={lr!r}."
             )
         if generator is None:
             generator = torch.Generator(machine.generative.device)
@@ -143,7 +143,7 @@ class Training(ABC):
         Raises:
             ValueError: If the values have another shape.
         """
-        p, q = self._nets["generative"], self._nets["recognition"]
+        p = self.machine.generative
         if v.ndim != 2 or v.shape[1] != p.sizes[-1] or not len(v):
             raise ValueError(
                 f"A batch has the shape (N, {p.sizes[-1]}) with N >= 1, got {tuple(v.shape)}."

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["meanfield"]
 
-DEPTH, WIDTH, OUTPUTS, SEEDS = 10, 400, 10, 5
+DEPTH, WIDTH, OUTPUTS, SEEDS = 10, 400, 1, 5
 SAMPLES, SAMPLES_OF_MODEL = 16, 64
 
 
@@ -215,8 +215,7 @@ def publish_study(
 
 
 def _layers(study: Mapping[str, Any]) -> Table:
-    layers = list(enumerate(study["layers"], 1))
-    shown = layers
+    layers = shown = study["layers"]
     if len(layers) > MOST_LAYERS:
         shown = [*layers[: MOST_LAYERS // 2], *layers[-MOST_LAYERS // 2 :]]
     table = Table(
@@ -232,9 +231,9 @@ def _layers(study: Mapping[str, Any]) -> Table:
     table.add_column("layer")
     for column in ("activity", "overlap\n(correlation)", "gain", "error"):
         table.add_column(column, justify="right")
-    for place, layer in shown:
+    for layer in shown:
         table.add_row(
-            Text(layer["name"] if study["seeds"] is None else str(place)),
+            Text(layer["name"] or "(root)"),
             _pair(layer["activity"]),
             _pair(layer["correlation"], ".3f"),
             *(_pair(layer[signal]) for signal in ("gain", "error")),

@@ -106,10 +106,10 @@ def _facts(study: Study) -> list[Fact]:
     found.append(
         Fact(
             "Largest stable learning rate",
-            quantity(bound["predicted"]),
-            "predicted",
+            quantity(bound["measured"]),
+            "measured",
             f"Two over the largest eigenvalue, for gradient descent on the mean loss; "
-            f"{quantity(bound['measured'])} measured.",
+            f"{quantity(bound['predicted'])} predicted.",
             "term-learning-rate",
         )
     )

@@ -28,14 +28,10 @@ def phase_plane(
         description: read out by screen readers.
         room: largest weight and bias variance.
     """
-    x, y = (
-        {
-            "scale": alt.Scale(domain=[0, most], nice=False),
-            "axis": alt.Axis(title=title, tickCount=5, grid=False),
-        }
-        for most, title in zip(
-            room, ("weight variance σ_w² (times fan-in)", "bias variance σ_b²"), strict=True
-        )
+    x_scale, y_scale = (alt.Scale(domain=[0, most], nice=False) for most in room)
+    x_axis, y_axis = (
+        alt.Axis(title=title, tickCount=5, grid=False)
+        for title in ("weight variance σ_w² (times fan-in)", "bias variance σ_b²")
     )
     reach = alt.Scale(type="log", domain=[1, 100], clamp=True, range="heatmap")
     colour = alt.Color(
@@ -56,9 +52,9 @@ def phase_plane(
         alt.Chart(alt.Data(values=cells))
         .mark_rect(strokeWidth=1)
         .encode(
-            x=alt.X("w0:Q", **x),
+            x=alt.X("w0:Q", scale=x_scale, axis=x_axis),
             x2="w1:Q",
-            y=alt.Y("b0:Q", **y),
+            y=alt.Y("b0:Q", scale=y_scale, axis=y_axis),
             y2="b1:Q",
             color=colour,
             stroke=outline,
@@ -76,8 +72,8 @@ def phase_plane(
     shapes = alt.Scale(domain=[THIS, RECOMMENDED], range=["circle", "diamond"])
     # The names stand beside the points: two symbols need no legend.
     marks = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("weight:Q", **x),
-        y=alt.Y("bias:Q", **y),
+        x=alt.X("weight:Q", scale=x_scale, axis=x_axis),
+        y=alt.Y("bias:Q", scale=y_scale, axis=y_axis),
         tooltip=["which:N", alt.Tooltip("weight:Q"), alt.Tooltip("bias:Q")],
     )
     symbols = marks.mark_point(style="reference", filled=True, size=150).encode(

@@ -226,10 +226,9 @@ def _document(
 ) -> dict[str, Any]:
     measured = replace(
         theory.measured,
-        **{
-            key: fmean(getattr(spectrum, key) for _, spectrum in found)
-            for key in ("mean", "second_moment", "largest")
-        },
+        mean=fmean(spectrum.mean for _, spectrum in found),
+        second_moment=fmean(spectrum.second_moment for _, spectrum in found),
+        largest=fmean(spectrum.largest for _, spectrum in found),
     )
     weight = bias = None
     if len(theory.layers) > 1:
@@ -254,7 +253,7 @@ def _document(
         "recommended": recommended,
         "layers": [
             {
-                "name": layer.name,
+                "name": layer.name if seeds is None else str(number + 1),
                 "activation": layer.activation,
                 "fan_in": layer.fan_in,
                 "fan_out": layer.fan_out,

@@ -135,7 +135,8 @@ def density(
         F: any Fisher matrix.
         probes: random vectors; each product is taken for all of them at once. Without probes and
             steps, eigenvalues are exact where F can say them; elsewhere there are 16 probes and
-            32 steps.
+            32 steps. Where few eigenvalues make most of a sum, intervals of 95 % need some 50
+            probes to hold as often as that; with 24 it is 90 %.
         steps: products for each probe.
         generator: source of the random signs.
 

@@ -24,6 +24,9 @@ SHORTEST, LONGEST = 0.5, 200.0
 SAME = 0.05
 """Correlations closer to 1 than this are of inputs that the network hardly tells apart."""
 
+FAR_OFF = 0.1
+"""Relative error of a prediction that wants an explanation."""
+
 QUANTITIES = {
     "mean": "mean eigenvalue",
     "root": "root mean square",
@@ -289,18 +292,24 @@ def spectrum(study: Study) -> Section | None:
         predicted.append({"quantity": words, "value": found[source]["predicted"] ** power})
         rows += [{"quantity": words, "value": v**power} for v in found[source]["networks"]]
     largest, bound = found["largest"], found["learning_rate_bound"]
+    off = abs(largest["predicted"] / largest["measured"] - 1)
     says = Markup("Theory predicts a largest eigenvalue of {}, {} was measured{}: {} off.").format(
         quantity(largest["predicted"]),
         _measured(largest),
         "" if study["seeds"] is None else f" on {counted(len(study['seeds']), 'random network')}",
-        percent(abs(largest["predicted"] / largest["measured"] - 1)),
+        percent(off),
     )
+    if off > FAR_OFF and study["outputs"] > 1:
+        says += Markup(
+            " Theory has an eigenvalue for each of the {} outputs, all the same; measured is the "
+            "largest of them."
+        ).format(study["outputs"])
     advice = Markup(
-        "Gradient descent on the mean loss is stable below a learning rate of {} (measured: {}). "
+        "Gradient descent on the mean loss is stable below a learning rate of {} (predicted: {}). "
         "Most eigenvalues are far smaller: the largest is {} times the mean."
     ).format(
-        quantity(bound["predicted"]),
         quantity(bound["measured"]),
+        quantity(bound["predicted"]),
         ratio(largest["measured"] / found["mean"]["measured"]),
     )
     labels = {
