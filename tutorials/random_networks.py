@@ -92,7 +92,7 @@ for many in (True, False):
         found = [
             nm.meanfield.off_block(
                 network([width, width, width, outputs], seed),
-                torch.randn(20, width, generator=torch.Generator().manual_seed(100 + seed)),
+                torch.randn(SAMPLES, width, generator=torch.Generator().manual_seed(100 + seed)),
             )
             for seed in range(2)
         ]

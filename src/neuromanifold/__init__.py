@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from neuromanifold import (
+        belief,
         distributed,
         errors,
         estimators,
@@ -109,6 +110,7 @@ __all__ = [
     "RecursiveInverse",
     "UnitWise",
     "auto",
+    "belief",
     "distributed",
     "errors",
     "estimate",

@@ -28,7 +28,8 @@ def page(study):
     return render_meanfield(study, title=NASTY)
 
 
-def test_predictions_are_those_of_the_given_variances(study):
+def test_predictions_are_those_of_the_given_variances():
+    study = study_random("erf", variances("pytorch", WIDTHS), samples=1, seeds=[0])
     for layer, fan_in in zip(study["layers"], WIDTHS, strict=False):
         assert layer["weight_variance"] == pytest.approx(1 / 3)
         assert layer["bias_variance"] == pytest.approx(1 / (3 * fan_in))
@@ -39,9 +40,11 @@ def test_predictions_are_those_of_the_given_variances(study):
         widths=WIDTHS,
         activity=study["layers"][0]["activity"]["predicted"],
     )
-    predicted = [layer["activity"]["predicted"] for layer in study["layers"]]
-    # One activity for all inputs instead of one for each.
-    assert predicted == pytest.approx(net.activity[:-1].tolist(), rel=0.02)
+    for signal, expected in (("activity", net.activity[:-1]), ("error", net.error)):
+        predicted = [layer[signal]["predicted"] for layer in study["layers"]]
+        assert predicted == pytest.approx(expected.tolist(), rel=1e-9)
+    theory = nm.meanfield.spectrum_statistics(net, samples=1)
+    assert study["spectrum"]["largest"]["predicted"] == pytest.approx(theory.largest, rel=1e-9)
 
 
 def test_means_over_networks_agree_with_theory(study):

@@ -16,9 +16,10 @@ from neuromanifold.capture.generic import (
 from neuromanifold.capture.kernels import differentiable_twice
 from neuromanifold.capture.layout import Plan, Site, plan, unwrap
 from neuromanifold.capture.tape import Tape, is_measured
-from neuromanifold.capture.units import UnitTape
+from neuromanifold.capture.units import ACTIVATIONS, UnitTape, function_name
 
 __all__ = [
+    "ACTIVATIONS",
     "Batch",
     "Data",
     "Forward",
@@ -30,6 +31,7 @@ __all__ = [
     "call_model",
     "check_devices",
     "differentiable_twice",
+    "function_name",
     "functional_model",
     "is_measured",
     "logits_of",

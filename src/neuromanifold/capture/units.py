@@ -20,19 +20,19 @@ from neuromanifold.capture.layout import Place
 from neuromanifold.capture.tape import Tape
 from neuromanifold.layers import Record
 
-__all__ = ["UnitTape"]
+__all__ = ["ACTIVATIONS", "UnitTape", "function_name"]
 
 Information = Callable[[Place, Tensor], Tensor]
 """`(place, responses) -> Fisher information of each response`, like the responses."""
 
 # fmt: off
-_ACTIVATIONS = frozenset([
+ACTIVATIONS = frozenset([
     "celu", "clamp", "clip", "cos", "elu", "erf", "exp", "expit", "gelu", "hardshrink",
-    "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "prelu", "relu",
-    "relu6", "rrelu", "selu", "sigmoid", "silu", "sin", "softplus", "softshrink", "softsign",
-    "square", "tanh", "tanhshrink", "threshold",
+    "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "relu", "relu6",
+    "rrelu", "selu", "sigmoid", "silu", "sin", "softplus", "softshrink", "softsign", "square",
+    "tanh", "tanhshrink", "threshold",
 ])
-"""Names of functions that act entry by entry, and bend."""
+"""Names of functions that act entry by entry, and bend; `prelu` does too, with weights."""
 
 _AFFINE = frozenset([
     "add", "alpha_dropout", "batch_norm", "bfloat16", "clone", "contiguous", "div", "double",
@@ -84,11 +84,11 @@ class _Follow(TorchFunctionMode):
         found = [self.underway[id(a)] for a in args[:2] if id(a) in self.underway]
         if len(found) != 1:  # a sum of two units' outputs is no response of one of them
             return result
-        name = _name(func)
+        name = function_name(func)
         ((before, units),) = found
         if result.shape != before.shape:
             return result
-        if name in _ACTIVATIONS:
+        if name in ACTIVATIONS or name == "prelu":
             for unit in units:
                 if unit.response is None:
                     unit.response = result
@@ -106,7 +106,7 @@ class _Follow(TorchFunctionMode):
         return all(a.is_leaf for a in others)
 
 
-def _name(func: Callable[..., Any]) -> str:
+def function_name(func: Callable[..., Any]) -> str:
     """Without the module, and without the marks of in-place and special methods."""
     name = (resolve_name(func) or getattr(func, "__name__", "")).rpartition(".")[2]
     return name.strip("_").removesuffix("_")

@@ -28,55 +28,49 @@ class Projection:
     rest: Tensor
 
     @classmethod
-    def of(cls, moment: Tensor, rank: int, energy: float = 1.0) -> Projection:
-        """The nearest one to a matrix `(G, n, n)`: its largest eigenvalues, the mean of the rest.
+    def of(cls, moment: Tensor, rank: int) -> Projection:
+        """The nearest one to a matrix: its largest eigenvalues, the mean of the rest.
 
         Args:
-            moment: positive semi-definite.
-            rank: k, at most.
-            energy: as few directions as hold this share of the trace, in all of the batch.
+            moment: positive semi-definite `(G, n, n)`.
+            rank: k.
         """
         values, vectors = psd.eigh(moment)  # ascending
         trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
         found = values[:, -rank:].flip(-1), vectors[..., -rank:].flip(-1)
-        return cls.completed(*found, trace, energy)
+        return cls.completed(*found, trace)
 
     @classmethod
-    def of_image(
-        cls, test: Tensor, image: Tensor, trace: Tensor, energy: float = 1.0
-    ) -> Projection:
+    def of_image(cls, test: Tensor, image: Tensor, trace: Tensor) -> Projection:
         """From the images of k directions alone: what they say about M in a single look.
 
         Args:
             test: orthonormal columns Ω `(G, n, k)`.
             image: `M Ω`.
             trace: of M, `(G,)`.
-            energy: as few directions as hold this share of the trace.
         """
         found = [
             lowrank.nystrom(omega.mT, y.mT, omega.shape[-1])
             for omega, y in zip(test, image, strict=True)
         ]
         values, rows = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return cls.completed(values, rows.mT.contiguous(), trace, energy)
+        return cls.completed(values, rows.mT.contiguous(), trace)
 
     @classmethod
-    def completed(
-        cls, values: Tensor, vectors: Tensor, trace: Tensor, energy: float = 1.0
-    ) -> Projection:
+    def completed(cls, values: Tensor, vectors: Tensor, trace: Tensor) -> Projection:
         """With what is missing of the trace spread evenly over the other directions.
 
         Of all numbers, their mean eigenvalue is nearest in Frobenius norm.
         """
         others = vectors.shape[-2] - vectors.shape[-1]
         rest = (trace - values.sum(-1)).clamp(min=0) / max(others, 1)
-        return cls(values, vectors, rest).cut(energy)
+        return cls(values, vectors, rest)
 
     def cut(self, energy: float) -> Projection:
         """With as few directions as hold a share of the trace, in all of the batch."""
         if energy >= 1:
             return self
-        trace = self.eigenvalues().sum(-1, keepdim=True)
+        trace = self.trace()[:, None]
         held = self.values.cumsum(-1) / trace.clamp(min=torch.finfo(trace.dtype).tiny)
         rank = int((held < energy).sum(-1).amax()) + 1  # those that are not enough, and one more
         if rank >= self.values.shape[-1]:
@@ -86,7 +80,7 @@ class Projection:
 
     @property
     def width(self) -> int:
-        """N."""
+        """n."""
         return self.vectors.shape[-2]
 
     def function(self, function: psd.Function) -> Projection:
@@ -115,16 +109,20 @@ class Projection:
 
     def eigenvalues(self) -> Tensor:
         """All n of each, `(G, n)`: first those that are kept apart."""
-        others = self.width - self.values.shape[-1]
-        return torch.cat([self.values, self.rest[:, None].expand(-1, others)], dim=-1)
+        return torch.cat([self.values, self.rest[:, None].expand(-1, self._others)], dim=-1)
+
+    @property
+    def _others(self) -> int:
+        """How many directions share μ."""
+        return self.width - self.vectors.shape[-1]
+
+    def trace(self) -> Tensor:
+        """`(G,)`."""
+        return self.values.sum(-1) + self._others * self.rest
 
     def norm(self) -> Tensor:
         """Frobenius norms `(G,)`."""
         return torch.linalg.vector_norm(self.eigenvalues(), dim=-1)
-
-    def mean_eigenvalue(self) -> Tensor:
-        """`(G,)`."""
-        return self.eigenvalues().mean(dim=-1)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of columns `(..., G, n, m)` along U, and what is left over."""

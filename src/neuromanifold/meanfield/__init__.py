@@ -9,6 +9,7 @@ from neuromanifold.meanfield.integrals import (
 )
 from neuromanifold.meanfield.kernels import Kernel, kernel
 from neuromanifold.meanfield.locality import OffBlock, off_block
+from neuromanifold.meanfield.normality import Gaussianity, LayerGaussianity, gaussianity
 from neuromanifold.meanfield.phases import (
     FixedPoint,
     PhaseDiagram,
@@ -24,8 +25,10 @@ __all__ = [
     "Check",
     "Compared",
     "FixedPoint",
+    "Gaussianity",
     "Kernel",
     "LayerCheck",
+    "LayerGaussianity",
     "OffBlock",
     "PhaseDiagram",
     "Propagation",
@@ -38,6 +41,7 @@ __all__ = [
     "edge_of_chaos",
     "fixed_point",
     "gaussian_integrals",
+    "gaussianity",
     "kernel",
     "measured",
     "off_block",

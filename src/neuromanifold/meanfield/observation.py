@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from neuromanifold._fisher import requested
-from neuromanifold.capture import Batch, buffers_kept, call_model, logits_of
+from neuromanifold.capture import (
+    ACTIVATIONS,
+    Batch,
+    buffers_kept,
+    call_model,
+    function_name,
+    logits_of,
+)
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.estimators import Estimator
 from neuromanifold.layers import Factored
@@ -29,13 +36,6 @@ from neuromanifold.structures import Gram
 __all__ = ["FoundLayer", "Signals", "found_layers", "measured_signals", "trainable"]
 
 # fmt: off
-_BENDING = frozenset([
-    "celu", "cos", "elu", "erf", "exp", "gelu", "hardshrink", "hardsigmoid", "hardswish",
-    "hardtanh", "leaky_relu", "logsigmoid", "mish", "relu", "relu6", "selu", "sigmoid", "silu",
-    "sin", "softplus", "softshrink", "softsign", "tanh", "tanhshrink",
-])
-"""Names of functions that act entry by entry, and bend."""
-
 _KEEPING = frozenset([
     "alias", "clone", "contiguous", "detach", "double", "expand_as", "flatten", "float", "permute",
     "ravel", "reshape", "squeeze", "to", "transpose", "type", "unflatten", "unsqueeze", "view",
@@ -157,8 +157,8 @@ class _Follow(TorchFunctionMode):
         if inside is not None and isinstance(inside[1], (nn.Linear, _ConvNd)):
             return func(*args, **kwargs)
         path = self._path_of(args)
-        name = _name(func)
-        bends = path is not None and name in _BENDING and path.layer.activation is None
+        name = function_name(func)
+        bends = path is not None and name in ACTIVATIONS and path.layer.activation is None
         before = args[0].detach().clone() if bends else None
         result = func(*args, **kwargs)
         if path is None or not isinstance(result, Tensor):
@@ -181,12 +181,6 @@ class _Follow(TorchFunctionMode):
     def _keeps(self, name: str, inside: tuple[str, nn.Module] | None) -> bool:
         resting = inside is not None and not inside[1].training and "dropout" in name
         return name in _KEEPING or resting
-
-
-def _name(func: Callable[..., Any]) -> str:
-    """Without the module, and without the marks of in-place and special methods."""
-    name = (resolve_name(func) or getattr(func, "__name__", "")).rpartition(".")[2]
-    return name.strip("_").removesuffix("_")
 
 
 def _as_called(

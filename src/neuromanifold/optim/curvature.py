@@ -49,8 +49,10 @@ class Curvature:
         """What is inverted, one matrix per block."""
         return self.averages_of(blocks)
 
-    def inverted(self, matrices: Sequence[BlockMatrix], inverses: Sequence[Any]) -> None:
-        """Matrices were just inverted."""
+    def inverted(
+        self, matrices: Sequence[BlockMatrix], added: Sequence[Tensor], inverses: Sequence[Any]
+    ) -> None:
+        """Matrices were just inverted, with this damping of each."""
 
     def followed(self, inverses: list[Any]) -> list[Any]:
         """The inverses after a measurement that is not followed by an inversion."""

@@ -21,7 +21,15 @@ from neuromanifold.structures.kronecker import KroneckerMatrix
 from neuromanifold.structures.meanfield import MeanFieldMatrix
 from neuromanifold.structures.projected import ProjectedKroneckerMatrix
 
-__all__ = ["Inverse", "dampings", "from_state", "inverses", "precondition", "to_state"]
+__all__ = [
+    "Inverse",
+    "dampings",
+    "dampings_of_factors",
+    "from_state",
+    "inverses",
+    "precondition",
+    "to_state",
+]
 
 
 class Inverse(Protocol):
@@ -156,21 +164,28 @@ def _(matrix: KroneckerMatrix, damping: Tensor) -> Inverse:
 
 def _by_factors(matrix: KroneckerMatrix | ProjectedKroneckerMatrix, damping: Tensor) -> Inverse:
     """Each factor damped by itself."""
-    of_inputs, of_outputs = _mean_eigenvalue(matrix.inputs), _mean_eigenvalue(matrix.outputs)
-    pi = (of_inputs / of_outputs).sqrt()  # (G,)
-    # Without information on one side, that of the other is damped by itself.
-    pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
-    root = damping**0.5
-    inputs = _of_factor(matrix.inputs, pi * root)
-    outputs = _of_factor(matrix.outputs, root / pi)
+    of_inputs, of_outputs = dampings_of_factors(matrix, damping)
+    inputs = _of_factor(matrix.inputs, of_inputs)
+    outputs = _of_factor(matrix.outputs, of_outputs)
     if isinstance(inputs, Projection) or isinstance(outputs, Projection):
         return ProjectedKroneckerMatrix.of(matrix.block, inputs, outputs)
     return _Halved.of(KroneckerMatrix(matrix.block, _aligned(inputs), _aligned(outputs)))
 
 
+def dampings_of_factors(
+    matrix: KroneckerMatrix | ProjectedKroneckerMatrix, damping: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is added to the inputs' and to the outputs' factor of each group, `(G,)`."""
+    pi = (_mean_eigenvalue(matrix.inputs) / _mean_eigenvalue(matrix.outputs)).sqrt()
+    # Without information on one side, that of the other is damped by itself.
+    pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
+    root = damping**0.5
+    return pi * root, root / pi
+
+
 def _mean_eigenvalue(factor: Tensor | Projection) -> Tensor:
     if isinstance(factor, Projection):
-        return factor.mean_eigenvalue()
+        return factor.trace() / factor.width
     diagonal = factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
     return diagonal.mean(dim=1)
 

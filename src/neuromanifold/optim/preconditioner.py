@@ -274,7 +274,7 @@ class Preconditioner:
             matrices, at_step(self.damping, self.step), at_step(self.relative, self.step)
         )
         self._set_inverses(inverses(matrices, added, split=self.split))
-        self._curvature.inverted(matrices, self._inverses)
+        self._curvature.inverted(matrices, added, self._inverses)
         self._inverted = self.step
         self.damped = {
             name: value

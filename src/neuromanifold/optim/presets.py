@@ -217,7 +217,7 @@ def meanfield(
     """The explicit natural gradient of random networks: a diagonal plus rank two for each unit.
 
     No matrix is inverted: a step costs O(1) for each weight. As if the inputs of each layer were
-    Gaussian, which `nm.meanfield.check` looks at.
+    Gaussian: `nm.meanfield.gaussianity` names the layers where they are far from it.
 
     Args:
         model: that is trained.

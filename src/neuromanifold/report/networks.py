@@ -33,10 +33,9 @@ def phase_plane(
         alt.Axis(title=title, tickCount=5, grid=False)
         for title in ("weight variance σ_w² (times fan-in)", "bias variance σ_b²")
     )
-    reach = alt.Scale(type="log", domain=[1, 100], clamp=True, range="heatmap")
     colour = alt.Color(
         "reach:Q",
-        scale=reach,
+        scale=alt.Scale(type="log", domain=[1, 100], clamp=True, range="heatmap"),
         legend=alt.Legend(
             orient="top",
             title="layers per e-fold of squared gradients",
@@ -46,18 +45,15 @@ def phase_plane(
             values=[1, 10, 100],
         ),
     )
-    # Outlined in its own colour, or hairlines would show between cells.
-    outline = alt.Stroke("reach:Q", scale=reach, legend=None)
     ground = (
         alt.Chart(alt.Data(values=cells))
-        .mark_rect(strokeWidth=1)
+        .mark_rect()
         .encode(
             x=alt.X("w0:Q", scale=x_scale, axis=x_axis),
             x2="w1:Q",
             y=alt.Y("b0:Q", scale=y_scale, axis=y_axis),
             y2="b1:Q",
             color=colour,
-            stroke=outline,
             tooltip=[
                 alt.Tooltip("gain:Q", format=".3~g"),
                 alt.Tooltip("reach:Q", format=".3~g", title="layers per e-fold"),

@@ -19,6 +19,8 @@ __all__ = ["Extremes", "extremes"]
 
 WIDEST = 32
 """Vectors in a block at most."""
+USUAL = 100
+"""Products that ten eigenvalues take."""
 BLOCKS = 4
 """That the basis holds, besides what a restart keeps."""
 
@@ -70,8 +72,8 @@ def extremes(
     """The `k` largest eigenvalues and eigenvectors of F.
 
     Of few parameters, or few rows of `nm.Gram()`, all are computed. Else block Lanczos with thick
-    restart iterates, for `Gram` in sample space. That an eigenvalue is found as often as it is
-    repeated takes a block as wide, of random vectors.
+    restart iterates, for `Gram` in sample space where that is less work. That an eigenvalue is
+    found as often as it is repeated takes a block as wide, of random vectors.
 
     Args:
         F: any Fisher matrix.
@@ -106,7 +108,7 @@ def extremes(
         raise ValueError(f"tol is a number > 0, got {tol!r}.")
     width = min(k + 2, WIDEST) if block is None else checked("block", block, 1)
     search = partial(_search, k=k, tol=tol, width=width, most=max_products, generator=generator)
-    if isinstance(F, GramOperator):
+    if isinstance(F, GramOperator) and _in_sample_space(F):
         found, how = search(F.gram, lambda rows: rows @ F.gram)
         return _of_gram(F, found, k, f"Gram matrix of {F.num_rows} rows, {how}")
     matrix = torch.empty(0, p, dtype=F.dtype, device=F.device)
@@ -116,6 +118,14 @@ def extremes(
     if not found.products:
         found = replace(found, products=p)
     return _of_vectors(F, found, found.vectors, how)
+
+
+def _in_sample_space(F: GramOperator) -> bool:
+    """Whether its Gram matrix is there, small, or cheaper than the products it would replace."""
+    if F.num_rows <= SMALL or "gram" in F.__dict__:
+        return True
+    kept = sum(tensor.numel() for tensor in F._state()[1].values())
+    return kept <= 2 * USUAL * F.num_parameters
 
 
 def _all_at_once(size: int, k: int, width: int) -> bool:

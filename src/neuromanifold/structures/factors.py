@@ -56,18 +56,8 @@ class Factor(ABC):
         return side.moment(reduce=reduce)
 
     def kept(self, moment: Tensor | Projection) -> Tensor | Projection:
-        """What is kept of a moment, unless that is known already."""
-        if isinstance(moment, Projection) or moment.ndim == 2:
-            return moment
-        rank = self.directions(moment.shape[-1])
-        if rank is None:
-            return moment
-        return Projection.of(moment, rank, self.energy)
-
-    @property
-    def energy(self) -> float:
-        """Share of the trace that is enough."""
-        return 1.0
+        """What is kept of a moment, or of a projection that was found with all directions."""
+        return moment
 
 
 @dataclass(frozen=True)
@@ -136,6 +126,15 @@ class Projected(Factor):
             raise ValueError(f"energy is a share of the trace, in (0, 1]; got {self.energy!r}.")
         if self.max_bytes is not None:
             memory.parse(self.max_bytes)
+
+    def kept(self, moment: Tensor | Projection) -> Tensor | Projection:
+        """Its largest eigenvalues, where that saves anything."""
+        if not isinstance(moment, Projection):
+            rank = None if moment.ndim == 2 else self.directions(moment.shape[-1])
+            if rank is None:
+                return moment
+            moment = Projection.of(moment, rank)
+        return moment.cut(self.energy)
 
     def directions(self, width: int) -> int | None:
         """The rank, where it saves anything."""

@@ -96,12 +96,13 @@ def _cells(diagram: Mapping[str, Any]) -> list[Row]:
         room / len(diagram[name])
         for room, name in zip(diagram["room"], ("weight_variance", "bias_variance"), strict=True)
     ]
+    # A cell reaches under the next ones, or hairlines would show between them.
     return [
         {
             "w0": _short(weight - steps[0] / 2),
-            "w1": _short(weight + steps[0] / 2),
+            "w1": _short(min(weight + 0.6 * steps[0], diagram["room"][0])),
             "b0": _short(bias - steps[1] / 2),
-            "b1": _short(bias + steps[1] / 2),
+            "b1": _short(min(bias + 0.6 * steps[1], diagram["room"][1])),
             "gain": _short(gain),
             "reach": _short(min(max(_reach(gain), SHORTEST), LONGEST)),
         }
