@@ -17,7 +17,7 @@ LEVELS = {
     name: level
     for level, names in {
         0: "_files _intervals _progress _typing errors",
-        1: "_estimate _extras linalg",
+        1: "_estimate _extras _writing linalg",
         2: "likelihoods layers operators distributed",
         3: "capture estimators",
         4: "structures",

@@ -11,9 +11,9 @@ import copy
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -40,6 +40,13 @@ SETTLED = 500
 NAMES = (REFERENCE, "Muon", "SOAP", "kfac", "ekfac", "quasidiagonal", "diagonal")
 MATRICES_ONLY = {"W2": ("Muon",)}
 LIKELIHOOD = nm.Categorical()
+
+
+class Stateful(Protocol):
+    """An optimizer, or its preconditioner."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors in a tree."""
 
 
 def measure(workload: str, rounds: int) -> list[dict[str, Any]]:
@@ -83,7 +90,7 @@ def _step(model: nn.Module, batch: Batch, optimizers: list[Optimizer]) -> None:
         optimizer.step()
 
 
-def state_bytes(optimizers: list[Optimizer]) -> int:
+def state_bytes(optimizers: Sequence[Stateful]) -> int:
     """Of all tensors in the state; those that share memory count once."""
     storages = {}
     for optimizer in optimizers:

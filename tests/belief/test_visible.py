@@ -142,3 +142,16 @@ def test_too_few_samples_or_draws_are_refused(network):
         net.visible_fisher(1)
     with pytest.raises(ValueError, match="draws is at least 2"):
         net.missing_information(10, draws=1)
+
+
+def test_chains_that_are_stuck_are_told(network, generator, monkeypatch):
+    monkeypatch.setattr(visible, "MOST_SUMMED", 0)
+    net = network((8, 8), (-1, 1))
+    with torch.no_grad():
+        net.weights["1_0"].mul_(4)
+    with pytest.warns(UserWarning, match="% of the chains left the hidden state"):
+        found = net.missing_information(200, draws=2, generator=generator)
+    assert 0 < found.moved < 0.9
+    with pytest.warns(UserWarning, match="a better proposal"):
+        net.visible_fisher(200, draws=2, generator=generator)
+    assert network((2, 2, 3)).missing_information(50, generator=generator).moved > 0.99

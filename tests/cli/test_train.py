@@ -292,7 +292,7 @@ def test_losses_that_are_not_finite_are_reported(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "arguments", "said"),
     [
-        ("pair", ["--optimizer", "adam"], "no optimizer 'adam'. There are: kfac, ekfac"),
+        ("pair", ["--optimizer", "adam"], "no optimizer 'adam'. There are: kfac, projected"),
         ("pair", ["--optimizer", "kfac:fast"], "positive number, as in kfac:0.1; got 'fast'"),
         ("pair", ["--lr", "-1"], "positive number"),
         ("pair", ["--optimizer", "kfac", "--optimizer", "kfac"], "can take part once"),

@@ -20,6 +20,7 @@ from neuromanifold.testing import check_optimizer, run_ranks
 
 PRESETS = [
     nm.optim.kfac,
+    nm.optim.projected_kfac,
     nm.optim.ekfac,
     nm.optim.unitwise,
     nm.optim.quasidiagonal,

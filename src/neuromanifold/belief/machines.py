@@ -132,7 +132,7 @@ class HelmholtzMachine(nn.Module):
         >>> machine = HelmholtzMachine([1, 6, 9], coding=(-1, 1), bias=-1, generator=generator)
         >>> v = machine.generative.sample(20, generator)[-1]
         >>> print(machine.log_likelihood(v, samples=1000, generator=generator))
-        -4.04 ± 0.56 (20 samples)
+        -5.24 ± 0.21 (20 samples)
     """
 
     def __init__(

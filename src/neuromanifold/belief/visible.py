@@ -6,6 +6,7 @@ The visible score is the posterior mean of the full one, so `G_V = E[m(v) m(v)�
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -41,6 +42,8 @@ CHUNK_NUMEL = 2**22
 """Numbers of the largest tensor of a chunk."""
 BATCHES = 64
 """Parts of a sample whose spread is its standard error: known to 9 %."""
+FREE = 0.9
+"""With fewer chains than this that left their first state, a warning is given."""
 STEPS = 4
 """Of the chains that forget the hidden state they start from."""
 
@@ -64,11 +67,13 @@ class Posterior:
         weights: each sums to 1 over H: exact ones `(1, V, H)`, or two sets `(2, V, H)` that share
             the first hidden state alone (see `visible_matrix`).
         mass: what each visible state counts, `(V,)`.
+        moved: how probably the chains that made them left their first state, `(V,)`; 1 if exact.
     """
 
     layers: list[Tensor]
     weights: Tensor
     mass: Tensor
+    moved: Tensor
 
 
 def posteriors(
@@ -152,7 +157,8 @@ def visible_matrix(
     posterior is stationary. Their last steps make weighted means m̂ of the score, and `m̂₁ m̂₂ᵀ`
     takes the place of `m mᵀ`. Its expectation is never too small, and too large by what the chains
     still know of h₀: missing information is understated where the proposal is far from the
-    posterior. Standard errors do not hold that; compare two numbers of draws to see it.
+    posterior. Standard errors do not hold that; compare two numbers of draws to see it. Where more
+    than a tenth of the chains never left h₀ a warning says so.
 
     Args:
         net: the network.
@@ -196,12 +202,15 @@ def visible_matrix(
         full = full_fisher(net, None, None).to_dense() if _are_few(net) else None
         total = torch.zeros(p, p, dtype=net.dtype, device=net.device)
         squares, batches = torch.zeros_like(total), 0
+        moved = total.new_zeros(())
         for posterior in chunks:
             batch = _louis(net, posterior, full)
             share = len(posterior.mass) / samples
             total.add_(batch, alpha=share)
             squares.add_(batch.square_(), alpha=share)
             batches += 1
+            moved += posterior.mass @ posterior.moved
+        _warn_if_stuck(float(moved))
         variance = (squares - total.square()).clamp(min=0) / (batches - 1)
         return Estimate(total, {"draws": variance}, samples, draws)
 
@@ -241,6 +250,9 @@ class MissingInformation:
             the visible units say nothing about.
         layer_shares: the same of whole layers, scalars.
         share: the same of the whole network, a scalar.
+        moved: share of the chains over hidden states that left the state they started from, 1 if
+            hidden states were summed. What is missing is understated by about as much as this is
+            below 1, and standard errors do not hold it.
     """
 
     missing: Estimate
@@ -248,6 +260,7 @@ class MissingInformation:
     unit_shares: Estimate
     layer_shares: Estimate
     share: Estimate
+    moved: float
 
     def __str__(self) -> str:
         value, stderr = self.layer_shares.value, self.layer_shares.stderr
@@ -267,7 +280,7 @@ def missing_information(
     generator: torch.Generator | None,
 ) -> MissingInformation:
     """See `SigmoidBeliefNetwork.missing_information`."""
-    masses, missing, full = [], [], []
+    masses, moved, missing, full = [], [], [], []
     with torch.no_grad():
         for posterior in posteriors(
             net, samples, draws=draws, proposal=proposal, generator=generator
@@ -276,6 +289,9 @@ def missing_information(
             missing.append(torch.cat([part[0] for part in parts], dim=-1))
             full.append(torch.cat([part[1] for part in parts], dim=-1))
             masses.append(posterior.mass)
+            moved.append(posterior.moved)
+        left = float(torch.cat(masses) @ torch.cat(moved))
+        _warn_if_stuck(left)
         states = _States(torch.cat(masses), sampled=samples is not None, draws=draws)
         a, b = torch.cat(missing), torch.cat(full)  # (N, units of all layers)
         sizes = [net.sizes[layer] for layer in net.modelled]
@@ -287,6 +303,7 @@ def missing_information(
             unit_shares=_named(states.ratio(a, b), names, lambda x: x.split(sizes)),
             layer_shares=_named(states.ratio(*of_layers), names, lambda x: x.unbind()),
             share=states.ratio(a.sum(-1), b.sum(-1)),
+            moved=left,
         )
 
 
@@ -408,7 +425,7 @@ def _summed(
     joint = net.log_joint(layers)
     weights = joint.softmax(-1)
     mass = joint.logsumexp(-1).exp() if mass is None else mass
-    return Posterior(layers, weights[None], mass)
+    return Posterior(layers, weights[None], mass, torch.ones_like(mass))
 
 
 @torch.no_grad()
@@ -424,16 +441,29 @@ def _resampled(
     half = draws // 2
     present = [values.expand(2, *values.shape) for values in exact]  # (2, V, n_l)
     v = present[-1][:, :, None].expand(-1, -1, half, -1)
+    still = torch.ones(2, len(mass), dtype=mass.dtype, device=mass.device)
     for step in range(STEPS):
         drawn = proposal.sample(v, generator)
         layers = [torch.cat([x[:, :, None], d], dim=2) for x, d in zip(present, drawn, strict=True)]
         weights = (net.log_joint(layers) - proposal.log_prob(layers)).softmax(-1)  # (2, V, 1 + K)
         if step < STEPS - 1:
-            index = choose(weights, generator)[..., None, None]
-            present = [x.take_along_dim(index, dim=2)[:, :, 0] for x in layers]
+            index = choose(weights, generator)
+            still = still * (index == 0)
+            present = [x.take_along_dim(index[..., None, None], dim=2)[:, :, 0] for x in layers]
     # Both side by side, each chain's mean with no weight on the other's states.
     apart = torch.zeros(2, 2, *weights.shape[1:], dtype=weights.dtype, device=weights.device)
     apart[0, 0], apart[1, 1] = weights
-    return Posterior(
-        [x.transpose(0, 1).flatten(1, 2) for x in layers], apart.transpose(1, 2).flatten(2), mass
-    )
+    layers = [x.transpose(0, 1).flatten(1, 2) for x in layers]
+    moved = 1 - (still * weights[..., 0]).mean(0)
+    return Posterior(layers, apart.transpose(1, 2).flatten(2), mass, moved)
+
+
+def _warn_if_stuck(moved: float) -> None:
+    if moved < FREE:
+        warnings.warn(
+            f"Only {100 * moved:.0f} % of the chains left the hidden state they started from, so "
+            f"that much less information is found missing, whatever the standard errors say. Give "
+            f"more draws, or a better proposal: the recognition network of a trained machine.",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -29,8 +29,8 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="NAME[:LR]",
-            help="kfac, ekfac, unitwise, quasidiagonal, diagonal, relative, meanfield, gram, "
-            "implicit, adamw or sgd, with a learning rate of its own if you like. Several are "
+            help="kfac, projected, ekfac, unitwise, quasidiagonal, diagonal, relative, meanfield, "
+            "gram, implicit, adamw or sgd, with a learning rate of its own if you like. Several are "
             "compared (default: kfac).",
             show_default=False,
         ),

@@ -80,7 +80,7 @@ class Projection:
 
     @property
     def width(self) -> int:
-        """n."""
+        """Of each matrix."""
         return self.vectors.shape[-2]
 
     def function(self, function: psd.Function) -> Projection:

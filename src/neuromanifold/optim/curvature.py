@@ -58,6 +58,11 @@ class Curvature:
         """The inverses after a measurement that is not followed by an inversion."""
         return inverses
 
+    @property
+    def events(self) -> dict[str, int]:
+        """How often what happened, by name."""
+        return {}
+
     def averages_of(self, blocks: Sequence[Block]) -> list[BlockMatrix]:
         """The average, one matrix per block."""
         return [self._assemble(block) for block in blocks]

@@ -46,6 +46,10 @@ def scalars(optimizer: Watched, moved: Params | None = None) -> dict[str, float]
         * `damping`: nats/parameter².
         * `skipped`, `failed`: steps and measurements that were left out for NaN or infinity.
         * `curvature_seconds`: spent on measuring and inverting so far.
+        * `renewed/rows`, `renewed/processes`, `renewed/residual`: of `projected_kfac` with
+          inverses that follow each measurement, how often one was made anew between two inversions,
+          because a measurement had as many rows as there are directions, some of its rows were in
+          other processes, or rounding had grown.
         * `reduction_ratio`: of the loss over the predicted one, at the last comparison; if the
           damping adapts itself, once it did.
         * `trace/LAYER`, `top_eigenvalue/LAYER`: of the averaged Fisher matrix, nats/parameter²;
@@ -89,6 +93,7 @@ def _of_averages(optimizer: NaturalGradient, moved: Params | None) -> dict[str, 
         "skipped": float(optimizer.skipped),
         "failed": float(pre.failed),
         "curvature_seconds": pre.seconds,
+        **{name: float(count) for name, count in pre.events.items()},
     }
     if isinstance(pre.damping, LevenbergMarquardt) and not math.isnan(pre.damping.ratio):
         found["reduction_ratio"] = pre.damping.ratio

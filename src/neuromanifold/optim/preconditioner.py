@@ -286,6 +286,11 @@ class Preconditioner:
         """The average of the measurements so far, one matrix for each block."""
         return self._curvature.averages_of(self._blocks)
 
+    @property
+    def events(self) -> dict[str, int]:
+        """How often what happened to the curvature, beside `failed`, by name."""
+        return self._curvature.events
+
     def _set_inverses(self, found: list[Inverse]) -> None:
         self._inverses = found
         self._covered = frozenset(n for inverse in found for n in inverse.block.parameters)

@@ -83,7 +83,7 @@ WEIGHT_DECAY = 0.02
 
 RELATIVE: Options = {"lr": 0.05, "relative": 0.001, "schedule": Schedule(10, 20)}
 """Of relative metrics, whose scale is that of the inputs and not of the loss, and which change
-slowly (papers.md §1.4; `python -m benchmarks.relative`)."""
+slowly (papers.md §1.4; `python -m benchmarks.races relative`)."""
 
 OF_OPTIMIZER = ("lr", "momentum", "weight_decay", "kl_max", "adamw_lr", "line", "maximize")
 
@@ -176,19 +176,21 @@ def projected_kfac(
     *,
     rank: float = 0.125,
     energy: float = 1.0,
+    narrowest: int = 64,
     recursive: bool = False,
     **options: Unpack[Options],
 ) -> NaturalGradient:
     """`kfac` along some directions of each factor, for wide layers: a fraction of time and memory.
 
     Each factor keeps its largest eigenvalues, and the mean of the others for all other directions.
-    Sides with fewer than 64 numbers are kept whole.
+    A side is kept whole, as `kfac` does, where its directions would be half its width or more.
 
     Args:
         model: that is trained.
         likelihood: what its outputs mean.
         rank: directions of each factor, or their share of its width; see `nm.Projected`.
         energy: as few of them as hold this share of the trace.
+        narrowest: sides with fewer numbers are kept whole.
         recursive: whether the inverses follow each measurement, `nm.RecursiveInverse`.
         **options: see `nm.optim.Options`.
 
@@ -203,7 +205,8 @@ def projected_kfac(
         >>> opt.step()
     """
     kind = RecursiveInverse if recursive else Projected
-    structure = Kronecker(inputs=kind(rank, energy), outputs=kind(rank, energy))
+    factor = kind(rank, energy, narrowest=narrowest)
+    structure = Kronecker(inputs=factor, outputs=factor)
     return _preset(model, likelihood, structure, options)
 
 

@@ -9,7 +9,6 @@ image in place of the moments along U alone).
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuromanifold.errors import NonFiniteError
 from neuromanifold.layers import Side
 from neuromanifold.linalg import Block
 from neuromanifold.linalg.projection import Projection
 from neuromanifold.linalg.recursive import RecursiveInverse as Recursion
 from neuromanifold.operators import BlockMatrix
 from neuromanifold.optim.curvature import Curvature
-from neuromanifold.structures import Kronecker, RecursiveInverse
+from neuromanifold.optim.inverses import dampings_of_factors
+from neuromanifold.structures import Kronecker, RecursiveInverse, factors
 from neuromanifold.structures._base import Source, Statistics
 from neuromanifold.structures.projected import ProjectedKroneckerMatrix
 
@@ -32,6 +33,8 @@ __all__ = ["ProjectedCurvature"]
 Key = tuple[str, str]
 """A block's name, and the side of one place of use, `PLACE.SIDE`."""
 
+SIDES = "inputs", "outputs"
+
 
 @dataclass(frozen=True, repr=False)
 class _Images(Kronecker):
@@ -39,7 +42,7 @@ class _Images(Kronecker):
 
     Attributes:
         directions: orthonormal columns `(G, n, k)` by side.
-        found: the factor that the image gave last, with all directions.
+        found: the factors that the images gave when matrices were made, with all directions.
         along: coordinates of the rows of a measurement, for the sides in it.
     """
 
@@ -48,10 +51,10 @@ class _Images(Kronecker):
     along: dict[Key, list[Tensor]] = field(default_factory=dict)
 
     def of_side(self, block: Block, key: str, side: Side) -> Statistics:
-        """Of a side that is wide enough."""
+        """Of a side that is wide enough; the units of a lookup are few at a time."""
         factor, width = self.factor(block, key)
         rank = factor.directions(width)
-        if rank is None or block.lookup:
+        if rank is None or (block.lookup and key.endswith("outputs")):
             return super().of_side(block, key, side)
         rows = side.rows(reduce=self.weight_sharing == "reduce")  # (G, R, n)
         shape = (len(rows), width, rank)
@@ -69,21 +72,17 @@ class _Images(Kronecker):
         """The best matrix that the image allows."""
         if key in statistics:
             return super().mean(block, key, statistics, count)
-        image, trace = statistics[f"{key}.image"] / count, statistics[f"{key}.trace"] / count
+        image, trace = (statistics[f"{key}.{part}"].div_(count) for part in ("image", "trace"))
         found = Projection.of_image(self.directions[block.name, key], image, trace)
         self.found[block.name, key] = found
-        return found.cut(self.factor(block, key)[0].energy)
-
-    def symmetric(self, block: Block) -> tuple[str, ...]:
-        """Factors that are kept whole."""
-        return "inputs", "outputs", "moments"
+        return found
 
 
 def _at_random(shape: tuple[int, int, int], key: str, like: Tensor) -> Tensor:
     """Orthonormal columns, the same in every run and process."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{key}{shape}".encode()))
-    drawn = torch.randn(shape, generator=generator).to(like.device, torch.float32)
-    return torch.linalg.qr(drawn)[0].to(like)
+    drawn = torch.randn(shape, generator=generator)
+    return torch.linalg.qr(drawn.to(like))[0].contiguous()
 
 
 class ProjectedCurvature(Curvature):
@@ -100,31 +99,51 @@ class ProjectedCurvature(Curvature):
     def __init__(self, kronecker: Kronecker) -> None:
         options = (kronecker.weight_sharing, kronecker.inputs, kronecker.outputs)
         super().__init__(_Images(*options))
-        self.renewed: Counter[str] = Counter()
+        self.renewed = dict.fromkeys(("rows", "processes", "residual"), 0)
+        self._follows = any(
+            isinstance(getattr(kronecker, side), RecursiveInverse) for side in SIDES
+        )
         self._following: dict[Key, Recursion] = {}
         self._generator = torch.Generator().manual_seed(0)
-        self._alone = True
 
     def measure(self, source: Source, decay: float) -> None:
         """Add a measurement, and let the inverses follow it."""
-        before = {key: decay * self._count(key) for key in self._following}
-        self._alone = source.reducer is None
-        self.structure.along.update({key: [] for key in self._following})
+        directions, along = self.structure.directions, self.structure.along
+        before, kept = dict(directions), {key: decay * self._count(key) for key in self._following}
+        along.update({key: [] for key in self._following})
         try:
             super().measure(source, decay)
-            for key, kept in before.items():
-                self._follow(key, kept / self._count(key))
+        except NonFiniteError:
+            directions.clear()
+            directions.update(before)  # those that the averages are along
+            raise
+        else:
+            measured = {block.name for block in source.plan.blocks}
+            for key in [key for key in directions if key[0] not in measured]:  # frozen since
+                del directions[key]
+            for key in list(self._following):
+                if directions.get(key) is before[key]:
+                    alone = source.reducer is None
+                    self._follow(key, torch.cat(along[key], dim=1), kept[key], alone=alone)
+                else:
+                    del self._following[key]
         finally:
-            self.structure.along.clear()
+            along.clear()
 
     def matrices(self, blocks: Sequence[Block]) -> list[BlockMatrix]:
         """In new directions."""
-        self.structure.found.clear()
-        matrices = super().matrices(blocks)
+        matrices = super().averages_of(blocks)
         for key, found in self.structure.found.items():
             self.structure.directions[key] = found.vectors
             image = found.vectors * found.values[:, None]
-            self.averages.sums[key[0]][f"{key[1]}.image"] = image * self._count(key)
+            self.averages.sums[key[0]][f"{key[1]}.image"] = image.mul_(self._count(key))
+        self.structure.found.clear()
+        return matrices
+
+    def averages_of(self, blocks: Sequence[Block]) -> list[BlockMatrix]:
+        """In the directions that there are."""
+        matrices = super().averages_of(blocks)
+        self.structure.found.clear()
         return matrices
 
     def _count(self, key: Key) -> float | Tensor:
@@ -134,54 +153,74 @@ class ProjectedCurvature(Curvature):
             return self.averages.sums[name][f"{side.removesuffix('inputs')}uses"].clamp(min=1)
         return self.averages.counts[name]
 
+    @property
+    def events(self) -> dict[str, int]:
+        """Of inverses that follow, if they do."""
+        if not self._follows:
+            return {}
+        return {f"renewed/{reason}": count for reason, count in self.renewed.items()}
+
     # ---- inverses that follow --------------------------------------------------------------
 
-    def inverted(self, matrices: Sequence[BlockMatrix], inverses: Sequence[Any]) -> None:
+    def inverted(
+        self, matrices: Sequence[BlockMatrix], added: Sequence[Tensor], inverses: Sequence[Any]
+    ) -> None:
         """Begin to follow new inverses."""
         self._following.clear()
-        for matrix, inverse in zip(matrices, inverses, strict=True):
-            if not isinstance(inverse, ProjectedKroneckerMatrix):
+        for matrix, damping, inverse in zip(matrices, added, inverses, strict=True):
+            if not isinstance(matrix, ProjectedKroneckerMatrix):
                 continue
-            for side in ("outputs", "inputs"):
-                found, damped = getattr(matrix, side), getattr(inverse, side)
-                key = self._followed_as(matrix.block, side)
-                if key is not None and isinstance(damped, Projection):
-                    damping = 1 / damped.rest - found.rest
-                    self._following[key] = Recursion(torch.diag_embed(found.values), damping)
+            if not isinstance(inverse, ProjectedKroneckerMatrix):  # not damped by factors
+                continue
+            dampings = dict(zip(SIDES, dampings_of_factors(matrix, damping), strict=True))
+            for side in SIDES:
+                keys = self._followed_as(matrix.block, side)
+                sizes = [len(self.structure.directions[key]) for key in keys]
+                if not keys:
+                    continue
+                values = getattr(matrix, side).values.split(sizes)
+                for key, s, own in zip(keys, values, dampings[side].split(sizes), strict=True):
+                    self._following[key] = Recursion(torch.diag_embed(s), own)
 
-    def _followed_as(self, block: Block, side: str) -> Key | None:
-        """The key of a side that is to be followed; None if there is no single one."""
-        factor, _ = self.structure.factor(block, side)
+    def _followed_as(self, block: Block, side: str) -> list[Key]:
+        """The places of a side that is followed, in the order of groups; none where they share."""
+        factor = getattr(self.structure, side)
         if not isinstance(factor, RecursiveInverse) or factor.energy < 1:
-            return None
-        keys = [key for key in self.structure.directions if key[0] == block.name]
-        keys = [key for key in keys if key[1].endswith(side)]
-        return keys[0] if len(keys) == 1 else None
+            return []
+        places = {
+            key: int(key[1].partition(".")[0])
+            for key in self.structure.directions
+            if key[0] == block.name and key[1].endswith(side)
+        }
+        if len(set(places.values())) < len(places):  # several uses of one weight
+            return []
+        return sorted(places, key=places.__getitem__)
 
-    def _follow(self, key: Key, keep: float | Tensor) -> None:
-        recursion, side = self._following[key], key[1]
-        factor = getattr(self.structure, side.rpartition(".")[2])
-        assert isinstance(factor, RecursiveInverse)
-        rows = torch.cat(self.structure.along[key], dim=1)
-        moment = self._along_directions(key)
-        few = min(rows.shape[1], factor.rows) < rows.shape[2]
-        if not (few and self._alone):
+    def _follow(self, key: Key, rows: Tensor, kept: float | Tensor, *, alone: bool) -> None:
+        """By the coordinates `(G, R, k)` of the rows of a measurement."""
+        factor = getattr(self.structure, key[1].rpartition(".")[2])
+        recursion, moment, most = self._following[key], self._along_directions(key), factor.rows
+        few = min(rows.shape[1], most) < rows.shape[2]
+        if not (few and alone):
             recursion.renew(moment)
             self.renewed["processes" if few else "rows"] += 1
             return
-        if rows.shape[1] > factor.rows:
-            chosen = torch.randperm(rows.shape[1], generator=self._generator)[: factor.rows]
-            rows = rows[:, chosen.to(rows.device)] * (rows.shape[1] / factor.rows) ** 0.5
-        recursion.update(rows / self._count(key) ** 0.5, float(keep))
+        if rows.shape[1] > most:
+            chosen = torch.randperm(rows.shape[1], generator=self._generator)[:most]
+            rows = rows[:, chosen.to(rows.device)] * (rows.shape[1] / most) ** 0.5
+        count = self._count(key)
+        recursion.update(rows / count**0.5, float(kept / count))
         residual = recursion.residual(moment, self._generator)
         if not bool((residual <= factor.tolerance).all()):
             recursion.renew(moment)
             self.renewed["residual"] += 1
 
+    def _image(self, key: Key) -> Tensor:
+        return self.averages.sums[key[0]][f"{key[1]}.image"] / self._count(key)
+
     def _along_directions(self, key: Key) -> Tensor:
         """The factor's moments along its directions, `(G, k, k)`."""
-        image = self.averages.sums[key[0]][f"{key[1]}.image"] / self._count(key)
-        moment = self.structure.directions[key].mT @ image
+        moment = self.structure.directions[key].mT @ self._image(key)
         return (moment + moment.mT) / 2
 
     def followed(self, inverses: list[Any]) -> list[Any]:
@@ -195,18 +234,19 @@ class ProjectedCurvature(Curvature):
 
     def _moved(self, inverse: ProjectedKroneckerMatrix) -> ProjectedKroneckerMatrix:
         sides: dict[str, Tensor | Projection] = {}
-        for side in ("outputs", "inputs"):
-            key = self._followed_as(inverse.block, side)
-            sides[side] = getattr(inverse, side)
-            if key is None or key not in self._following:
-                continue
-            recursion, directions = self._following[key], self.structure.directions[key]
-            trace = self.averages.sums[key[0]][f"{key[1]}.trace"] / self._count(key)
-            held = self._along_directions(key).diagonal(dim1=1, dim2=2).sum(-1)
-            others = directions.shape[1] - directions.shape[2]
-            rest = (trace - held).clamp(min=0) / max(others, 1)
-            sides[side] = Projection(recursion.matrix, directions, 1 / (rest + recursion.damping))
+        for side in SIDES:
+            keys = [k for k in self._followed_as(inverse.block, side) if k in self._following]
+            parts = [self._inverse(key) for key in keys]
+            sides[side] = factors.joined(parts) if parts else getattr(inverse, side)
         return ProjectedKroneckerMatrix.of(inverse.block, **sides)
+
+    def _inverse(self, key: Key) -> Projection:
+        recursion, directions = self._following[key], self.structure.directions[key]
+        trace = self.averages.sums[key[0]][f"{key[1]}.trace"] / self._count(key)
+        held = (directions * self._image(key)).sum(dim=(1, 2))
+        others = directions.shape[1] - directions.shape[2]
+        rest = (trace - held).clamp(min=0) / others
+        return Projection(recursion.matrix, directions, 1 / (rest + recursion.damping))
 
     # ---- state -----------------------------------------------------------------------------
 
@@ -231,7 +271,7 @@ class ProjectedCurvature(Curvature):
             for key, entry in state["following"].items()
         }
         self._generator.set_state(state["generator"].cpu())
-        self.renewed = Counter(state["renewed"])
+        self.renewed = dict(state["renewed"])
 
 
 def _key(joined: str) -> Key:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -75,8 +75,18 @@ def phase_plane(
     symbols = marks.mark_point(style="reference", filled=True, size=150).encode(
         shape=alt.Shape("which:N", scale=shapes, legend=None)
     )
-    texts = marks.mark_text(style="label", align="left", dx=10, dy=-12).encode(text="which:N")
-    return _finish(alt.layer(ground, line, symbols, texts), description, 320)
+    # Apart from one another, and the second one clear of the edge, which rises to its right.
+    beside: dict[str, tuple[Literal["left", "right"], int, int]] = {
+        THIS: ("left", 10, -12),
+        RECOMMENDED: ("right", -8, -28),
+    }
+    texts = [
+        marks.mark_text(style="label", align=align, dx=dx, dy=dy)
+        .transform_filter(alt.datum.which == which)
+        .encode(text="which:N")
+        for which, (align, dx, dy) in beside.items()
+    ]
+    return _finish(alt.layer(ground, line, symbols, *texts), description, 320)
 
 
 def by_layer(rows: Rows, description: str, *, title: str, logarithmic: bool = False) -> Spec:

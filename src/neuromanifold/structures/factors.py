@@ -152,9 +152,10 @@ class Projected(Factor):
 class RecursiveInverse(Projected):
     """`Projected`, with an inverse that follows each measurement.
 
-    In an optimizer, each measurement corrects the inverse of the projected factor by its rows
-    (`nm.linalg.recursive`), so that steps need not wait for the next inversion, in which the
-    directions are renewed. Elsewhere it is `Projected`.
+    In an optimizer, each measurement corrects the inverse of the projected factor by its rows, so
+    that steps need not wait for the next inversion, in which the directions are renewed and the
+    inverse is made anew: the schedule of inversions is the longest that it is only corrected. The
+    factors of shared weights, and of `energy` below 1, wait. Elsewhere it is `Projected`.
 
     Args:
         rows: of a measurement that a correction takes, at most: a random part of them, scaled to
@@ -198,6 +199,12 @@ def full(factor: Tensor | Projection) -> Tensor:
 def whole(factor: Tensor | Projection) -> Tensor:
     """As one tensor."""
     return factor.dense() if isinstance(factor, Projection) else factor
+
+
+def submatrix(factor: Tensor, indices: Sequence[int]) -> Tensor:
+    """Some rows and columns of `(G, n, n)`, or of the diagonal `(G, n)`."""
+    keep = torch.tensor(indices, device=factor.device)
+    return factor[:, keep] if factor.ndim == 2 else factor[:, keep[:, None], keep]
 
 
 def joined(parts: Sequence[Tensor | Projection]) -> Tensor | Projection:

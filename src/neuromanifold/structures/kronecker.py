@@ -91,7 +91,7 @@ class Kronecker(AdditiveStructure):
         return statistics
 
     def of_side(self, block: Block, key: str, side: Side) -> Statistics:
-        """What is summed of one side at one place of use, under `PLACE.SIDE`."""
+        """What is summed of one side at one place of use; keys begin with `PLACE.SIDE`."""
         factor, width = self.factor(block, key)
         return {key: factor.moment(side, width, reduce=self.weight_sharing == "reduce")}
 
@@ -235,11 +235,7 @@ class KroneckerMatrix(BlockMatrix):
 
     def restrict(self, block: Block, columns: list[int]) -> KroneckerMatrix:
         """A principal submatrix of the input factor."""
-        keep = torch.tensor(columns, device=self.inputs.device)
-        inputs = (
-            self.inputs[:, keep] if self.inputs.ndim == 2 else self.inputs[:, keep[:, None], keep]
-        )
-        return KroneckerMatrix(block, inputs, self.outputs)
+        return KroneckerMatrix(block, factors.submatrix(self.inputs, columns), self.outputs)
 
     def dense(self) -> Tensor:
         """Kronecker products of the groups along the diagonal."""

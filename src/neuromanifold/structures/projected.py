@@ -89,9 +89,7 @@ class ProjectedKroneckerMatrix(BlockMatrix):
     def restrict(self, block: Block, columns: list[int]) -> ProjectedKroneckerMatrix:
         """A principal submatrix of the input factor, which is no projection any more."""
         inputs = factors.submatrix(factors.whole(self.inputs), columns)
-        if isinstance(self.outputs, Projection):
-            return ProjectedKroneckerMatrix.of(block, inputs, self.outputs)
-        return KroneckerMatrix(block, inputs, self.outputs)
+        return ProjectedKroneckerMatrix.of(block, inputs, self.outputs)
 
     def dense(self) -> Tensor:
         """Kronecker products of the groups along the diagonal."""

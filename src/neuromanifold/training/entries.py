@@ -18,6 +18,7 @@ Preset = Callable[..., torch.optim.Optimizer]
 
 NATURAL: dict[str, Preset] = {
     "kfac": optim.kfac,
+    "projected": optim.projected_kfac,
     "ekfac": optim.ekfac,
     "unitwise": optim.unitwise,
     "quasidiagonal": optim.quasidiagonal,

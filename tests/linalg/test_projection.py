@@ -1,0 +1,116 @@
+"""A few directions and one number for the others, against dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuromanifold.linalg.projection import Projection
+
+G, N, K = 2, 9, 3
+TIGHT: dict[str, float] = {"rtol": 1e-12, "atol": 1e-12}
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def orthonormal(n: int = N, k: int = N) -> Tensor:
+    return torch.linalg.qr(torch.randn(G, n, k))[0]
+
+
+def moment(rank: int = N + 2) -> Tensor:
+    x = torch.randn(G, rank, N)
+    return x.mT @ x
+
+
+def projection() -> Projection:
+    return Projection(torch.rand(G, K) + 1, orthonormal(k=K), torch.rand(G))
+
+
+def dense(p: Projection) -> Tensor:
+    """By the formula."""
+    kept = p.vectors @ torch.diag_embed(p.values) @ p.vectors.mT
+    return kept + p.rest[:, None, None] * (torch.eye(N) - p.vectors @ p.vectors.mT)
+
+
+def test_it_is_the_matrix_of_its_formula() -> None:
+    p = projection()
+    x, expected = torch.randn(4, G, N, 5), dense(p)
+    torch.testing.assert_close(p.matmul(x), expected @ x, **TIGHT)
+    torch.testing.assert_close(p.dense(), expected, **TIGHT)
+    torch.testing.assert_close(p.diagonal(), expected.diagonal(dim1=1, dim2=2), **TIGHT)
+    torch.testing.assert_close(p.trace(), expected.diagonal(dim1=1, dim2=2).sum(1), **TIGHT)
+    torch.testing.assert_close(p.norm(), expected.flatten(1).norm(dim=1), **TIGHT)
+    values = p.eigenvalues().sort().values
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(expected), **TIGHT)
+    along, left = p.split(x)
+    torch.testing.assert_close(p.vectors @ along + left, x, **TIGHT)
+
+
+def test_the_inverse_times_the_operator_is_the_identity() -> None:
+    p, damping = projection(), 0.3
+    inverse = p.function(lambda values: 1 / (values + damping))
+    identity = inverse.matmul(dense(p) + damping * torch.eye(N))
+    torch.testing.assert_close(identity, torch.eye(N).expand(G, N, N), **TIGHT)
+
+
+def test_products_take_a_symmetric_matrix_along_the_directions() -> None:
+    p = projection()
+    inner = moment()[:, :K, :K]
+    q, x = Projection(inner, p.vectors, p.rest), torch.randn(G, N, 5)
+    others = torch.eye(N) - p.vectors @ p.vectors.mT
+    expected = p.vectors @ inner @ p.vectors.mT + p.rest[:, None, None] * others
+    torch.testing.assert_close(q.matmul(x), expected @ x, **TIGHT)
+
+
+def test_the_nearest_one_has_the_largest_eigenvalues_and_the_trace() -> None:
+    m = moment()
+    p = Projection.of(m, K)
+    values = torch.linalg.eigvalsh(m)
+    torch.testing.assert_close(p.values, values[:, -K:].flip(-1), **TIGHT)
+    torch.testing.assert_close(p.rest, values[:, :-K].mean(dim=1), **TIGHT)
+    distance = (p.dense() - m).flatten(1).norm(dim=1)
+    for factor in (0.9, 1.1):  # of all numbers for the others, it is the nearest
+        other = Projection(p.values, p.vectors, factor * p.rest)
+        assert ((other.dense() - m).flatten(1).norm(dim=1) > distance).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_tell_all_of_a_matrix_of_low_rank(dtype: torch.dtype) -> None:
+    m, test = moment(rank=K - 1), orthonormal(k=K)
+    trace = m.diagonal(dim1=1, dim2=2).sum(1)
+    p = Projection.of_image(*(t.to(dtype) for t in (test, m @ test, trace)))
+    rounding = 100 * torch.finfo(dtype).eps * m.norm()
+    assert (p.dense() - m).norm() <= rounding
+    assert (p.vectors.mT @ p.vectors - torch.eye(K)).norm() <= 100 * torch.finfo(dtype).eps
+
+
+def test_images_tell_no_more_than_there_is() -> None:
+    m, test = moment(), orthonormal(k=K)
+    p = Projection.of_image(test, m @ test, m.diagonal(dim1=1, dim2=2).sum(1))
+    kept = p.vectors @ torch.diag_embed(p.values) @ p.vectors.mT
+    assert torch.linalg.eigvalsh(m - kept).min() >= -1e-10
+    torch.testing.assert_close(kept @ test, m @ test, **TIGHT)
+    torch.testing.assert_close(p.trace(), m.diagonal(dim1=1, dim2=2).sum(1), **TIGHT)
+
+
+def test_repeated_images_find_the_largest_eigenvalues() -> None:
+    values = 0.5 ** torch.arange(N)
+    basis = orthonormal()
+    m = basis * values @ basis.mT
+    u = orthonormal(k=K)
+    for _ in range(30):
+        u = Projection.of_image(u, m @ u, values.sum().expand(G)).vectors
+    found = Projection.of_image(u, m @ u, values.sum().expand(G))
+    torch.testing.assert_close(found.values, values[:K].expand(G, K))
+
+
+def test_a_share_of_the_trace_is_held_by_as_few_directions_as_can() -> None:
+    values = torch.tensor([8.0, 4.0, 2.0, 1.0]).expand(G, 4)
+    p = Projection(values, orthonormal(k=4), torch.full((G,), 0.2))  # a trace of 16
+    for energy, rank in ((0.4, 1), (0.5, 1), (0.6, 2), (0.75, 2), (0.9, 4), (0.99, 4), (1.0, 4)):
+        cut = p.cut(energy)
+        assert cut.values.shape[-1] == rank, energy
+        torch.testing.assert_close(cut.trace(), p.trace(), **TIGHT)
+    nothing = Projection(torch.zeros(G, K), orthonormal(k=K), torch.zeros(G)).cut(0.5)
+    assert nothing.values.shape[-1] == K

@@ -1,0 +1,111 @@
+"""Inverses that follow moving averages, against dense inverses (papers.md §4.7, 2)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuromanifold.linalg.recursive import RecursiveInverse, inverse
+
+G, K, R = 2, 12, 5
+KEEP, DAMPING = 0.95, 0.1
+
+
+def rows(seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(G, R, K, generator=generator, dtype=torch.float64)
+    return (scale * x * ((1 - KEEP) / R) ** 0.5).to(dtype)
+
+
+def start(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x = torch.randn(G, 40, K, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    damping = torch.full((G,), DAMPING, dtype=torch.float64)
+    return (x.mT @ x / 40).to(dtype), damping.to(dtype)
+
+
+def test_without_damping_restored_it_is_the_dense_inverse_iterated() -> None:
+    moment, damping = start()
+    found = RecursiveInverse(moment, damping)
+    eye = torch.eye(K, dtype=torch.float64)
+    whole = moment + DAMPING * eye
+    for step in range(50):
+        x = rows(step)
+        found.update(x, KEEP, leak=False)
+        whole = KEEP * whole + x.mT @ x
+        torch.testing.assert_close(found.matrix @ whole, eye.expand(G, K, K), rtol=0, atol=1e-12)
+    assert torch.equal(found.matrix, found.matrix.mT)
+
+
+def test_the_damping_stays_what_it_was_on_average() -> None:
+    moment, damping = start()
+    moment, found = moment.clone(), RecursiveInverse(moment, damping)
+    leaked = []
+    for step in range(60 * K):
+        x = rows(step)
+        found.update(x, KEEP)
+        moment = KEEP * moment + x.mT @ x
+        # By exact arithmetic, Q⁻¹ is the moment and a diagonal, the damping of each direction.
+        added = torch.linalg.inv(found.matrix) - moment
+        leaked.append(added.diagonal(dim1=1, dim2=2))
+        assert (added - torch.diag_embed(leaked[-1])).abs().max() < 1e-10
+    over_turns = torch.stack(leaked[20 * K :]).mean(dim=(0, 2))
+    torch.testing.assert_close(over_turns, damping, rtol=1e-3, atol=0)
+    spread = torch.stack(leaked[20 * K :]) / DAMPING
+    assert 0.6 < spread.min() < spread.max() < 1.5
+
+
+def test_it_stays_right_over_20000_steps_in_float32() -> None:
+    """With eigenvalues well above the damping, as directions are chosen by them.
+
+    Moments along the directions have eigenvalues of about 1, and the damping is 0.005; what is left
+    over is the ripple of the damping, which the schedule of inversions need not cure.
+    """
+    torch_dtype, damping = torch.float32, 0.005
+    moment, _ = start(torch_dtype)
+    found = RecursiveInverse(moment, torch.full((G,), damping))
+    eye = torch.eye(K, dtype=torch.float64)
+    worst = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20_000):
+        x = torch.randn(G, 4 * K, K, generator=generator) * ((1 - KEEP) / (4 * K)) ** 0.5
+        found.update(x, KEEP)
+        moment = KEEP * moment + x.mT @ x
+        if step % 500 == 499:
+            error = found.matrix.double() @ (moment.double() + damping * eye) - eye
+            worst = max(worst, float(error.flatten(1).norm(dim=1).max()) / K**0.5)
+    assert worst <= 2e-3
+    assert (found.residual(moment, generator) < 1e-2).all()
+
+
+def test_a_residual_tells_a_wrong_inverse() -> None:
+    moment, damping = start()
+    found, generator = RecursiveInverse(moment, damping), torch.Generator().manual_seed(0)
+    assert (found.residual(moment, generator) < 1e-12).all()
+    # (M + λ)⁻¹ of a matrix half as large doubles every vector.
+    found.matrix = 2 * found.matrix
+    one = torch.ones(G, dtype=torch.float64)
+    torch.testing.assert_close(found.residual(moment, generator), one)
+    found.renew(moment)
+    assert torch.equal(found.matrix, inverse(moment, damping))
+
+
+def test_a_state_goes_on_where_it_stopped() -> None:
+    found = RecursiveInverse(*start())
+    for step in range(3):
+        found.update(rows(step), KEEP)
+    again = RecursiveInverse.from_state(found.state_dict(), torch.device("cpu"))
+    for step in range(3, 6):
+        for each in (found, again):
+            each.update(rows(step), KEEP)
+    assert torch.equal(found.matrix, again.matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_first_inverse_is_dense(dtype: torch.dtype) -> None:
+    moment, damping = start(dtype)
+    identity = inverse(moment, damping) @ (moment + DAMPING * torch.eye(K, dtype=dtype))
+    close = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        identity, torch.eye(K, dtype=dtype).expand(G, K, K), rtol=0, atol=close
+    )
