@@ -170,7 +170,7 @@ def race_digits(mode: Mapping[str, int], status: Callable[[str], None]) -> list[
         return {"way": str(way), "steps": steps, "log_likelihood": values, "seconds": seconds}
 
     families = {
-        "RWS": [Way("RWS", lr) for lr in (0.1, 0.3, 1.0)],
+        "RWS": [Way("RWS", lr) for lr in (0.1, 0.3, 1.0, 3.0)],
         "RWS with Adam": [Way("RWS with Adam", lr, adam=True) for lr in (0.01, 0.03, 0.1)],
         "natural": [Way("natural", lr, d) for lr, d in ((0.05, 0.1), (0.1, 0.1), (0.2, 0.2))],
     }

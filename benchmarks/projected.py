@@ -151,7 +151,7 @@ RACES: dict[str, Problem] = {
 }
 
 
-def race(problem: Problem, mode: Mode, tell: Callable[[str], object]) -> dict[str, Outcome]:
+def race(problem: Problem, mode: Mode, tell: Callable[[str], None]) -> dict[str, Outcome]:
     """All three, after the same search of learning rates."""
     return contest(problem, [*NAMES], mode, tell)
 

@@ -31,7 +31,7 @@ def test_without_damping_restored_it_is_the_dense_inverse_iterated() -> None:
     whole = moment + DAMPING * eye
     for step in range(50):
         x = rows(step)
-        found.update(x, KEEP, leak=False)
+        found.update(x, KEEP, restore=False)
         whole = KEEP * whole + x.mT @ x
         torch.testing.assert_close(found.matrix @ whole, eye.expand(G, K, K), rtol=0, atol=1e-12)
     assert torch.equal(found.matrix, found.matrix.mT)
@@ -52,30 +52,30 @@ def test_the_damping_stays_what_it_was_on_average() -> None:
     over_turns = torch.stack(leaked[20 * K :]).mean(dim=(0, 2))
     torch.testing.assert_close(over_turns, damping, rtol=1e-3, atol=0)
     spread = torch.stack(leaked[20 * K :]) / DAMPING
-    assert 0.6 < spread.min() < spread.max() < 1.5
+    assert 0.66 < spread.min() < spread.max() < 1.34
 
 
 def test_it_stays_right_over_20000_steps_in_float32() -> None:
-    """With eigenvalues well above the damping, as directions are chosen by them.
+    """Where eigenvalues along the directions are well above the damping, as chosen ones are.
 
-    Moments along the directions have eigenvalues of about 1, and the damping is 0.005; what is left
-    over is the ripple of the damping, which the schedule of inversions need not cure.
+    They are about 1, from 0.5 to 2, and the damping is 0.002: what remains is the ripple of the
+    damping, and no rounding has grown.
     """
-    torch_dtype, damping = torch.float32, 0.005
-    moment, _ = start(torch_dtype)
-    found = RecursiveInverse(moment, torch.full((G,), damping))
-    eye = torch.eye(K, dtype=torch.float64)
-    worst = 0.0
+    k, damping, keep = 8, 0.002, 0.95
     generator = torch.Generator().manual_seed(0)
+    moment = torch.eye(k)[None]
+    found = RecursiveInverse(moment, torch.full((1,), damping))
+    worst = 0.0
     for step in range(20_000):
-        x = torch.randn(G, 4 * K, K, generator=generator) * ((1 - KEEP) / (4 * K)) ** 0.5
-        found.update(x, KEEP)
-        moment = KEEP * moment + x.mT @ x
+        x = torch.randn(1, 16, k, generator=generator) * ((1 - keep) / 16) ** 0.5
+        found.update(x, keep)
+        moment = keep * moment + x.mT @ x
         if step % 500 == 499:
-            error = found.matrix.double() @ (moment.double() + damping * eye) - eye
-            worst = max(worst, float(error.flatten(1).norm(dim=1).max()) / K**0.5)
+            whole = moment[0].double() + damping * torch.eye(k, dtype=torch.float64)
+            error = found.matrix[0].double() @ whole - torch.eye(k, dtype=torch.float64)
+            worst = max(worst, float(error.norm()) / k**0.5)
     assert worst <= 2e-3
-    assert (found.residual(moment, generator) < 1e-2).all()
+    assert found.matrix.dtype == torch.float32
 
 
 def test_a_residual_tells_a_wrong_inverse() -> None:

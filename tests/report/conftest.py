@@ -74,6 +74,7 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
             "largest_eigenvalue": 0.5,
             "max_learning_rate": 0.013,
             "stable_rank": 0.1,
+            "participation_ratio": 0.2,
             "effective_dimension": 0.3,
             "whole_errors": {
                 "Diagonal": 0.001,
@@ -87,6 +88,7 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
         "largest_eigenvalue": eigenvalues[0],
         "max_learning_rate": 2 / eigenvalues[0],
         "stable_rank": trace / eigenvalues[0],
+        "participation_ratio": trace**2 / sum(value**2 for value in eigenvalues),
         "layers": [
             {
                 "name": layer,
@@ -101,6 +103,7 @@ def analysis(name: str, layers: dict[str, tuple[Any, ...]], *, power: float) -> 
                 "unitwise_error": unitwise,
                 "diagonal_error": diagonal,
                 "kronecker_trace_ratio": 1.0,
+                "kronecker_largest_ratio": 0.8,
                 "stderr": {
                     "trace": 0.1 * share * trace,
                     "share": 0.011,

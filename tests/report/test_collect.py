@@ -92,6 +92,13 @@ def test_errors_are_those_of_the_dense_matrices(tagger):
                 F, K = (matrix.block(layer["name"]).to_dense() for matrix in (exact, S))
                 expected = (F - K).norm() / F.norm()
                 assert_close(layer[f"{kind.lower()}_error"], expected.item(), rtol=0, atol=1e-7)
+            if kind == "Kronecker":
+                trace, largest = (
+                    (K.trace() / F.trace()).item(),
+                    (torch.linalg.eigvalsh(K)[-1] / torch.linalg.eigvalsh(F)[-1]).item(),
+                )
+                assert_close(layer["kronecker_trace_ratio"], trace, rtol=1e-5, atol=0)
+                assert_close(layer["kronecker_largest_ratio"], largest, rtol=1e-5, atol=0)
 
 
 def test_what_is_too_large_to_compare_is_left_out(tagger, monkeypatch):

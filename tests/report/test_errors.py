@@ -53,6 +53,7 @@ def measured(x: Tensor, dampings: Tensor) -> dict[str, float]:
     found["largest_eigenvalue"] = values[0]
     found["max_learning_rate"] = 2 / values[0]
     found["stable_rank"] = matrix.trace() / values[0]
+    found["participation_ratio"] = matrix.trace() ** 2 / matrix.square().sum()
     found |= {f"leading {i}": value for i, value in enumerate(values[:4])}
     found |= {
         f"dimension {i}": (values / (values + d)).sum() for i, d in enumerate(dampings.tolist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,15 +29,17 @@ NUMBERS = {
 class Clock:
     """Time that passes only when it is told to; calling the model for a measurement takes some."""
 
-    def __init__(self, per_sample: float = 0.0, per_call: float = 0.0) -> None:
+    def __init__(
+        self, per_sample: float = 0.0, per_call: float = 0.0, per_cube: float = 0.0
+    ) -> None:
         self.now = 100.0
-        self.per_sample, self.per_call = per_sample, per_call
+        self.per_sample, self.per_call, self.per_cube = per_sample, per_call, per_cube
 
     def __call__(self) -> float:
         return self.now
 
     def forward(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        self.now += self.per_call + self.per_sample * len(x)
+        self.now += self.per_call + self.per_sample * len(x) + self.per_cube * len(x) ** 3
         return model(x)
 
 
@@ -73,7 +76,11 @@ def test_numbers_are_those_of_the_model_at_that_step(float64, optimizer):
                 assert found.values[key] == pytest.approx(float(number.value), rel=1e-12)
                 assert found.errors[key] == 0
         assert set(found.values) == NUMBERS | {f"{n}/{m}" for n in NUMBERS for m in "02"}
-        assert seen[step] == {**found.values, "seconds": found.seconds, "share": seen[step]["share"]}
+        assert seen[step] == {
+            **found.values,
+            "seconds": found.seconds,
+            "share": seen[step]["share"],
+        }
         opt.zero_grad()
         functional.cross_entropy(model(x), y).backward()
         opt.step()
@@ -82,7 +89,7 @@ def test_numbers_are_those_of_the_model_at_that_step(float64, optimizer):
 
 
 def test_large_models_are_estimated_with_the_same_random_vectors(float64):
-    model, x = nn.Linear(100, 8), torch.randn(40, 100)
+    model, x = nn.Linear(64, 8), torch.randn(4, 64)
     monitor = nm.spectral.Monitor(
         model,
         nm.Categorical(),
@@ -122,7 +129,15 @@ def test_samples_are_those_of_the_first_pass_through_a_loader(float64):
 
 @pytest.mark.parametrize("budget", [0.01, 0.05, 0.5])
 @pytest.mark.parametrize(
-    "cost", [{"per_sample": 0.02}, {"per_call": 0.3}, {"per_sample": 1e-4}], ids=str
+    "cost",
+    [
+        {"per_sample": 0.02},
+        {"per_call": 0.3},
+        {"per_sample": 1e-4},
+        {"per_cube": 1e-4},
+        {"per_call": 0.1, "per_cube": 1e-4},
+    ],
+    ids=str,
 )
 def test_the_budget_is_kept_at_every_step(budget, cost):
     clock = Clock(**cost)
@@ -142,7 +157,7 @@ def test_the_budget_is_kept_at_every_step(budget, cost):
     assert monitor.share == pytest.approx(monitor.seconds / training)
     # As soon as the budget allows, and not several in a row after a time without any.
     wait = monitor.history[-1].seconds / budget
-    for one, other in zip(monitor.history, monitor.history[1:], strict=False):
+    for one, other in pairwise(monitor.history):
         assert wait - 0.1 <= 0.1 * (other.step - one.step) <= wait + 0.1001
 
 
@@ -160,7 +175,7 @@ def test_the_first_measurement_is_foreseen_by_trials_on_few_samples():
             break
     # Twice the samples each time, and the last is the first that is kept.
     assert len(sizes) == 6
-    assert all(b <= 2 * a + 1e-6 for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b <= 2 * a + 1e-6 for a, b in pairwise(sizes))
     assert monitor.history == [found]
 
 
@@ -205,7 +220,8 @@ def test_a_real_run_stays_within_its_budget():
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     x, y = torch.randn(256, 64), torch.randint(10, (256,))
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
-    monitor = nm.spectral.Monitor(model, nm.Categorical(), x[:4], budget=0.2)
+    nm.spectral.Monitor(model, nm.Categorical(), x[:2])  # what is slow once only
+    monitor = nm.spectral.Monitor(model, nm.Categorical(), x[:2], budget=0.5)
     began, in_steps = time.perf_counter(), 0.0
     while len(monitor.history) < 3 and time.perf_counter() - began < 60:
         opt.zero_grad()
@@ -217,7 +233,7 @@ def test_a_real_run_stays_within_its_budget():
     elapsed = time.perf_counter() - began
     assert len(monitor.history) == 3
     # The last one may have taken longer than those before it.
-    allowed = 0.2 * (elapsed - in_steps) + monitor.history[-1].seconds
+    allowed = 0.5 * (elapsed - in_steps) + monitor.history[-1].seconds
     assert in_steps <= allowed
     assert monitor.training_seconds == pytest.approx(elapsed - in_steps, rel=0.1)
 

@@ -262,8 +262,8 @@ class SigmoidBeliefNetwork(LayeredNetwork):
     Example:
         >>> import torch
         >>> net = SigmoidBeliefNetwork([2, 3, 4], generator=torch.Generator().manual_seed(0))
-        >>> [tuple(layer.shape) for layer in net.sample(5)]
-        [(5, 2), (5, 3), (5, 4)]
+        >>> print(*(tuple(layer.shape) for layer in net.sample(5)))
+        (5, 2) (5, 3) (5, 4)
         >>> F = net.fisher()
         >>> F.num_parameters, F.block("layers.1").num_parameters
         (27, 9)

@@ -174,6 +174,7 @@ def _facts(analysis: Analysis) -> dict[str, str]:
             ("Frobenius norm (nats/param²)", "frobenius"),
             ("largest eigenvalue (nats/param²)", "largest_eigenvalue"),
             ("trace / largest eigenvalue", "stable_rank"),
+            ("participation ratio", "participation_ratio"),
             ("largest stable learning rate", "max_learning_rate"),
         )
     }

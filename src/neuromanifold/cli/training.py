@@ -30,8 +30,8 @@ def train(
         typer.Option(
             metavar="NAME[:LR]",
             help="kfac, projected, ekfac, unitwise, quasidiagonal, diagonal, relative, meanfield, "
-            "gram, implicit, adamw or sgd, with a learning rate of its own if you like. Several are "
-            "compared (default: kfac).",
+            "gram, implicit, adamw or sgd, with a learning rate of its own if you like. Several "
+            "are compared (default: kfac).",
             show_default=False,
         ),
     ] = None,

@@ -5,6 +5,7 @@ Source: papers.md §4.5; the matrix inversion lemma of recursive least squares.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,9 +30,10 @@ def inverse(moment: Tensor, damping: Tensor) -> Tensor:
 class RecursiveInverse:
     """`Q ≈ (M + λ)⁻¹` for `M ← α M + XᵀX`, r rows X at a time, in `O(k² r)`.
 
-    To forget old moments is to forget the damping that was added to them. One column more in each
-    correction restores it: `√((1 − α) λ k) e_t`, with t going around all k directions. On average
-    the damping stays λ; a single direction's rises and falls by some tens of percent.
+    To forget old moments is to forget the damping that was added to them. A few rows more in each
+    correction restore it, for c of the k directions: `√((1 − α) λ k / c) e_t`, with t going around
+    all of them. On average the damping stays λ; that of a single direction rises and falls, by a
+    third at most, since c is as large as it takes to go around in `1 / (2 (1 − α))` corrections.
 
     Args:
         moment: M to begin with, `(G, k, k)`.
@@ -49,27 +51,28 @@ class RecursiveInverse:
     def __init__(self, moment: Tensor, damping: Tensor) -> None:
         self.damping = damping
         self.turn = 0
-        """Direction whose damping is restored next."""
+        """First direction whose damping is restored next."""
         self.renew(moment)
 
     def renew(self, moment: Tensor) -> None:
         """Make the inverse from M itself."""
         self.matrix = inverse(moment, self.damping)
 
-    def update(self, rows: Tensor, keep: float, *, leak: bool = True) -> None:
+    def restored(self, keep: float) -> int:
+        """In how many directions, c, a correction restores the damping."""
+        width = self.matrix.shape[-1]
+        return min(math.ceil(2 * (1 - keep) * width), width)
+
+    def update(self, rows: Tensor, keep: float, *, restore: bool = True) -> None:
         """Let M decay, and add the second moment of some rows.
 
         Args:
             rows: X `(G, r, k)`.
             keep: α, in (0, 1].
-            leak: whether the damping is restored.
+            restore: whether the damping is restored.
         """
-        groups, _, width = rows.shape
-        if leak:
-            column = rows.new_zeros(groups, 1, width)
-            column[:, 0, self.turn] = ((1 - keep) * width * self.damping).sqrt()
-            self.turn = (self.turn + 1) % width
-            rows = torch.cat([rows, column], dim=1)
+        if restore:
+            rows = torch.cat([rows, self._restoring(keep)], dim=1)
         old = self.matrix / keep
         image = rows @ old  # (G, r, k)
         small = image @ rows.mT
@@ -78,6 +81,14 @@ class RecursiveInverse:
         half = torch.linalg.solve_triangular(torch.linalg.cholesky(small), image, upper=False)
         new = old - half.mT @ half
         self.matrix = (new + new.mT) / 2
+
+    def _restoring(self, keep: float) -> Tensor:
+        """Rows `(G, c, k)`."""
+        width, count = self.matrix.shape[-1], self.restored(keep)
+        turns = torch.arange(self.turn, self.turn + count, device=self.damping.device) % width
+        self.turn = (self.turn + count) % width
+        units = torch.eye(width, dtype=self.matrix.dtype, device=self.matrix.device)[turns]
+        return ((1 - keep) * width / max(count, 1) * self.damping).sqrt()[:, None, None] * units
 
     def residual(self, moment: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """`‖Q (M + λ) v − v‖ / ‖v‖` for a random v, `(G,)`."""

@@ -48,8 +48,8 @@ def scalars(optimizer: Watched, moved: Params | None = None) -> dict[str, float]
         * `curvature_seconds`: spent on measuring and inverting so far.
         * `renewed/rows`, `renewed/processes`, `renewed/residual`: of `projected_kfac` with
           inverses that follow each measurement, how often one was made anew between two inversions,
-          because a measurement had as many rows as there are directions, some of its rows were in
-          other processes, or rounding had grown.
+          because a measurement has so many rows that this is cheaper, or because some are in other
+          processes, or because it was too far off.
         * `reduction_ratio`: of the loss over the predicted one, at the last comparison; if the
           damping adapts itself, once it did.
         * `trace/LAYER`, `top_eigenvalue/LAYER`: of the averaged Fisher matrix, nats/parameter²;

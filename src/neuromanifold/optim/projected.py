@@ -90,8 +90,8 @@ class ProjectedCurvature(Curvature):
 
     Attributes:
         renewed: how often an inverse that follows was made anew between two inversions, by reason:
-            "rows" where a measurement has as many rows as there are directions, "processes" where
-            some of its rows are elsewhere, "residual" where rounding had grown.
+            "rows" where there are as many rows as directions, counting those that restore the
+            damping, "processes" where some of its rows are elsewhere, "residual" beyond tolerance.
     """
 
     structure: _Images
@@ -109,7 +109,8 @@ class ProjectedCurvature(Curvature):
     def measure(self, source: Source, decay: float) -> None:
         """Add a measurement, and let the inverses follow it."""
         directions, along = self.structure.directions, self.structure.along
-        before, kept = dict(directions), {key: decay * self._count(key) for key in self._following}
+        before, sums = dict(directions), dict(self.averages.sums)
+        kept = {key: decay * self._count(key) for key in self._following}
         along.update({key: [] for key in self._following})
         try:
             super().measure(source, decay)
@@ -122,10 +123,10 @@ class ProjectedCurvature(Curvature):
             for key in [key for key in directions if key[0] not in measured]:  # frozen since
                 del directions[key]
             for key in list(self._following):
-                if directions.get(key) is before[key]:
+                if self.averages.sums.get(key[0]) is sums[key[0]]:
                     alone = source.reducer is None
                     self._follow(key, torch.cat(along[key], dim=1), kept[key], alone=alone)
-                else:
+                else:  # the averages begin anew, or have ended
                     del self._following[key]
         finally:
             along.clear()
@@ -200,7 +201,9 @@ class ProjectedCurvature(Curvature):
         """By the coordinates `(G, R, k)` of the rows of a measurement."""
         factor = getattr(self.structure, key[1].rpartition(".")[2])
         recursion, moment, most = self._following[key], self._along_directions(key), factor.rows
-        few = min(rows.shape[1], most) < rows.shape[2]
+        count = self._count(key)
+        keep = float(kept / count)
+        few = min(rows.shape[1], most) + recursion.restored(keep) < rows.shape[2]
         if not (few and alone):
             recursion.renew(moment)
             self.renewed["processes" if few else "rows"] += 1
@@ -208,8 +211,7 @@ class ProjectedCurvature(Curvature):
         if rows.shape[1] > most:
             chosen = torch.randperm(rows.shape[1], generator=self._generator)[:most]
             rows = rows[:, chosen.to(rows.device)] * (rows.shape[1] / most) ** 0.5
-        count = self._count(key)
-        recursion.update(rows / count**0.5, float(kept / count))
+        recursion.update(rows / count**0.5, keep)
         residual = recursion.residual(moment, self._generator)
         if not bool((residual <= factor.tolerance).all()):
             recursion.renew(moment)

@@ -181,6 +181,7 @@ def collect(
         "largest_eigenvalue": largest,
         "max_learning_rate": finite(2 / largest) if largest > 0 else None,
         "stable_rank": trace / largest if largest > 0 else None,
+        "participation_ratio": _number(_participation_ratio(exact)) if largest > 0 else None,
         "whole_errors": {kind: whole[kind].value if kind in whole else None for kind in kinds},
         "stderr": {
             **_headline_errors(exact, largest, stderr(leading)[0]),
@@ -298,9 +299,20 @@ def _headline_errors(
         relative = None if of_largest is None else of_largest / largest
         found["max_learning_rate"] = None if relative is None else finite(2 / largest * relative)
         found["stable_rank"] = stderr(spectrum.stable_rank(exact))
+        found["participation_ratio"] = stderr(_participation_ratio(exact))
         dimension = spectrum.effective_dimension(exact, damping=largest / 100)
         found["effective_dimension"] = stderr(dimension)
     return found
+
+
+def _participation_ratio(exact: GramOperator) -> Estimate:
+    """`(Σ λ)² / Σ λ²`, how many eigenvalues share the trace, with its standard error."""
+    gram = exact.gram.double()
+    gram = gram / gram.diagonal().max()  # squares of very little information would be zero
+    own, squares = gram.diagonal(), gram.square().sum(dim=1)
+    trace, squared = own.sum(), squares.sum()
+    value = trace.square() / squared
+    return spectrum.from_rows(exact, value, 2 * value * (own / trace - squares / squared))
 
 
 def _choose_estimator(
@@ -375,7 +387,7 @@ def _blocks(
                 "type": kinds[block],
                 "rule": rule,
                 **_layer(part, exact, dense, seen, [k for k in structures if k != "BlockDiagonal"]),
-                "kronecker_trace_ratio": _trace_ratio(part, candidates.get("Kronecker"), block),
+                **_ratios(part, candidates.get("Kronecker"), block),
             }
         )
         for name, value in part.diagonal().items():
@@ -422,11 +434,17 @@ def _number(estimate: Estimate) -> float:
     return float(estimate.value)
 
 
-def _trace_ratio(part: GramOperator, kronecker: Candidate | None, block: str) -> float | None:
-    trace = float(part.trace())
-    if kronecker is None or trace == 0:
-        return None
-    return float(kronecker.S.block(block).trace()) / trace
+def _ratios(part: GramOperator, kronecker: Candidate | None, block: str) -> dict[str, float | None]:
+    """Trace and largest eigenvalue of the factors over those of the block itself."""
+    names = "kronecker_trace_ratio", "kronecker_largest_ratio"
+    if kronecker is None or float(part.trace()) == 0:
+        return dict.fromkeys(names)
+    S = kronecker.S.block(block)
+    pairs = (S.trace(), part.trace()), (S.eigenvalues(1)[0], part.eigenvalues(1)[0])
+    return {
+        name: finite(float(factors) / float(exact))
+        for name, (factors, exact) in zip(names, pairs, strict=True)
+    }
 
 
 def _kinds(model: nn.Module, exact: FisherOperator) -> dict[str, str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neuromanifold._writing import Write, writer
-from neuromanifold.capture import Batch, Data, Forward
+from neuromanifold.capture import Batch, Data, Forward, buffers_kept
 from neuromanifold.errors import NonFiniteError
 from neuromanifold.estimators import Estimator
 from neuromanifold.likelihoods import Likelihood
@@ -28,7 +28,7 @@ from neuromanifold.spectral.quantities import Summary, summary
 __all__ = ["Measured", "Monitor"]
 
 GROWTH = 8
-"""Twice the samples take at most that many times as long: an eigendecomposition is cubic."""
+"""What twice the samples add to the time grows at most by that: an eigendecomposition is cubic."""
 
 RECENT = 3
 """Measurements of which the slowest says what the next one will cost."""
@@ -81,7 +81,8 @@ class Monitor:
             `seconds`, and `share`, the measurements' time over that of training so far.
         prefix: of the names that TensorBoard shows.
         estimator: as for `nm.spectral.operator`, like all that follow. `nm.MonteCarlo(1)` takes
-            C times fewer gradients for C classes than the default, `nm.Exact()`.
+            C times fewer gradients for C classes than the default, `nm.Exact()`; once a classifier
+            is confident, labels that are rarely drawn then make numbers jump.
         per: divide by samples, or by positions.
         forward: how the model is called.
         generator: a seed is drawn from it once, for labels and random vectors.
@@ -215,10 +216,12 @@ class Monitor:
 
     def _try(self) -> None:
         """Find out what a measurement costs on a part of the samples."""
+        before = 0.0 if self._trial == 1 else self._cost
         with self._counted():
             self._finite(self._trial)
         self._trial = min(2 * self._trial, self._num_samples)
-        self._expected = GROWTH * self._cost
+        added = GROWTH * (self._cost - before)
+        self._expected = self._cost + min(max(added, self._cost), (GROWTH - 1) * self._cost)
 
     def _affordable(self) -> bool:
         """Whether the next measurement stays within the budget: of all time, and since the last.
@@ -341,14 +344,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     device = _device(model)
     forked = [] if device.type == "cpu" else [device]
-    for module in modes:
-        module.training = False
-    try:
-        with _eager(), torch.random.fork_rng(forked, device_type=device.type if forked else "cuda"):
+    kind = device.type if forked else "cuda"
+    # Buffers are those of training: in evaluation mode, too, a module may count its calls.
+    with buffers_kept(model), _eager(), torch.random.fork_rng(forked, device_type=kind):
+        for module in modes:
+            module.training = False
+        try:
             yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -159,12 +159,14 @@ class RecursiveInverse(Projected):
 
     Args:
         rows: of a measurement that a correction takes, at most: a random part of them, scaled to
-            stand for all. If the rank is not larger than that, the inverse is made anew instead.
+            stand for all. Where the rank is not larger than that and the directions whose damping
+            is restored, the inverse is made anew instead, which is cheaper.
         tolerance: on the relative residual for a random vector; beyond it the inverse is made anew.
+            Where most eigenvalues are below the damping, it is about 0.2 without any error.
     """
 
     rows: int = 128
-    tolerance: float = 0.1
+    tolerance: float = 0.5
 
 
 def _check_at_least_one(**numbers: int) -> None:

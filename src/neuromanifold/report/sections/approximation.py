@@ -73,17 +73,19 @@ def layer_errors(analysis: Analysis) -> Section | None:
         )
     if any("low" in row for row in rows):
         reading += f" {WHISKERS}"
+    ratios = {layer_name(layer["name"]): layer.get("kronecker_largest_ratio") for layer in known}
     closest = {layer: min(of, key=of.__getitem__) for layer, of in errors.items()}
     leader = max(_STRUCTURES, key=list(closest.values()).count)
     says = _say_layer_errors(errors, closest, leader)
     table = Table(
         "Relative error of each layer’s block",
-        ("layer", *_STRUCTURES, "closest"),
+        ("layer", *_STRUCTURES, "closest", "λmax of Kronecker / own"),
         [
             [
                 layer,
                 *(measured(of.get(kind), spread[layer, kind]) for kind in _STRUCTURES),
                 closest[layer],
+                quantity(ratios[layer]),
             ]
             for layer, of in errors.items()
         ],

@@ -94,6 +94,9 @@ def _read_spectrum(analysis: Analysis) -> str:
         f"{counted(spectrum['count'], 'eigenvalue')} above the rounding of the largest; "
         f"{count(spectrum['zeros'])} more count as zero."
     )
+    if (equal := analysis.get("participation_ratio")) is not None:
+        equal = measured(equal, error(analysis, "participation_ratio"))
+        reading += f" Trace and Frobenius norm are those of {equal} equal ones."
     if len(spectrum["eigenvalues"]) > _MOST_POINTS:
         reading += " Towards the right, only some of them are drawn."
     if any(error is not None for error in (spectrum.get("stderr") or {}).get("leading", ())):
