@@ -16,7 +16,7 @@ demo: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -W error -n auto --maxprocesses 4
-	$(RUN)/python -m pytest -q -W error --markdown-docs README.md docs
+	$(RUN)/python -m pytest -q -W error --markdown-docs --markdown-docs-syntax=superfences README.md docs
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

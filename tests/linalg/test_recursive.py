@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from neuromanifold.linalg.recursive import RecursiveInverse, inverse
+from neuromanifold.linalg import psd
+from neuromanifold.linalg.recursive import RecursiveInverse
 
 G, K, R = 2, 12, 5
 KEEP, DAMPING = 0.95, 0.1
@@ -87,7 +88,13 @@ def test_a_residual_tells_a_wrong_inverse() -> None:
     one = torch.ones(G, dtype=torch.float64)
     torch.testing.assert_close(found.residual(moment, generator), one)
     found.renew(moment)
-    assert torch.equal(found.matrix, inverse(moment, damping))
+    assert torch.equal(found.matrix, psd.inverse(moment, damping[:, None]))
+
+
+def test_rounding_below_zero_is_damped() -> None:
+    moment = torch.diag_embed(torch.tensor([[1.0, -1e-8, 0.0]]))
+    found = RecursiveInverse(moment, torch.tensor([1e-9]))
+    torch.testing.assert_close(found.matrix, torch.diag_embed(torch.tensor([[1.0, 1e9, 1e9]])))
 
 
 def test_a_state_goes_on_where_it_stopped() -> None:
@@ -104,7 +111,7 @@ def test_a_state_goes_on_where_it_stopped() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_first_inverse_is_dense(dtype: torch.dtype) -> None:
     moment, damping = start(dtype)
-    identity = inverse(moment, damping) @ (moment + DAMPING * torch.eye(K, dtype=dtype))
+    identity = RecursiveInverse(moment, damping).matrix @ (moment + DAMPING * torch.eye(K, dtype=dtype))
     close = 100 * torch.finfo(dtype).eps
     torch.testing.assert_close(
         identity, torch.eye(K, dtype=dtype).expand(G, K, K), rtol=0, atol=close

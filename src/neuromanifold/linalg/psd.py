@@ -15,6 +15,7 @@ __all__ = [
     "cholesky",
     "eigenvalues",
     "eigh",
+    "inverse",
     "inverse_square_root",
     "product",
     "second_moment",
@@ -78,6 +79,25 @@ def cholesky(matrix: Tensor, damping: float | Tensor) -> Tensor:
             f"is the least that this precision can see."
         )
     return factor
+
+
+def inverse(matrices: Tensor, damping: float | Tensor) -> Tensor:
+    """`(M + damping)⁻¹` for a batch `(B, n, n)`, by Cholesky; by eigenvalues where that fails.
+
+    Args:
+        matrices: positive semi-definite, but for rounding.
+        damping: positive; a number, or `(B, 1)`.
+    """
+    shifted = matrices.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    inverse = torch.cholesky_inverse(factor)
+    if bool(failed.any()):
+        values, vectors = torch.linalg.eigh(shifted)
+        # Rounding below the damping: the matrix is positive semi-definite.
+        floor = torch.as_tensor(damping, dtype=values.dtype, device=values.device)
+        inverse = (vectors / torch.maximum(values, floor)[:, None]) @ vectors.mT
+    return inverse
 
 
 def aligned_empty(like: Tensor, *shape: int) -> Tensor:

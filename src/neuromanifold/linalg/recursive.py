@@ -12,19 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RecursiveInverse", "inverse"]
+from neuromanifold.linalg import psd
 
-
-def inverse(moment: Tensor, damping: Tensor) -> Tensor:
-    """`(M + damping)⁻¹` by Cholesky.
-
-    Args:
-        moment: positive semi-definite `(G, k, k)`.
-        damping: positive `(G,)`.
-    """
-    shifted = moment.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+__all__ = ["RecursiveInverse"]
 
 
 class RecursiveInverse:
@@ -56,7 +46,7 @@ class RecursiveInverse:
 
     def renew(self, moment: Tensor) -> None:
         """Make the inverse from M itself."""
-        self.matrix = inverse(moment, self.damping)
+        self.matrix = psd.inverse(moment, self.damping[:, None])
 
     def restored(self, keep: float) -> int:
         """In how many directions, c, a correction restores the damping."""
@@ -78,7 +68,9 @@ class RecursiveInverse:
         small = image @ rows.mT
         small.diagonal(dim1=-2, dim2=-1).add_(1)
         # Half of the correction on either side keeps Q symmetric to the bit but for the product.
-        half = torch.linalg.solve_triangular(torch.linalg.cholesky(small), image, upper=False)
+        # Where rounding has grown so much that there is no root, the residual will tell.
+        root, _ = torch.linalg.cholesky_ex(small)
+        half = torch.linalg.solve_triangular(root, image, upper=False)
         new = old - half.mT @ half
         self.matrix = (new + new.mT) / 2
 

@@ -141,7 +141,7 @@ def _(matrix: DiagonalMatrix, damping: Tensor) -> Inverse:
 
 @_inverse.register
 def _(matrix: Matrices, damping: Tensor) -> Inverse:
-    return Matrices(matrix.block, _of_matrices(matrix.matrices, damping))
+    return Matrices(matrix.block, psd.inverse(matrix.matrices, damping))
 
 
 @_inverse.register
@@ -197,21 +197,7 @@ def _of_factor(factor: Tensor | Projection, damping: Tensor) -> Tensor | Project
         return Projection(values, factor.vectors, (factor.rest + damping).reciprocal_())
     if factor.ndim == 2:
         return (factor + damping[:, None]).reciprocal_()
-    return _of_matrices(factor, damping[:, None])
-
-
-def _of_matrices(matrices: Tensor, damping: float | Tensor) -> Tensor:
-    """`(M + damping)⁻¹` for a batch `(B, n, n)`, by Cholesky; by eigenvalues where that fails."""
-    shifted = matrices.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    inverse = torch.cholesky_inverse(factor)
-    if bool(failed.any()):
-        values, vectors = torch.linalg.eigh(shifted)
-        # Rounding below the damping: the matrix is positive semi-definite.
-        floor = torch.as_tensor(damping, dtype=values.dtype, device=values.device)
-        inverse = (vectors / torch.maximum(values, floor)[:, None]) @ vectors.mT
-    return inverse
+    return psd.inverse(factor, damping[:, None])
 
 
 def precondition(inverse: Inverse, gradients: Params) -> Params:
