@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -94,15 +96,36 @@ def test_images_tell_no_more_than_there_is() -> None:
     torch.testing.assert_close(p.trace(), m.diagonal(dim1=1, dim2=2).sum(1), **TIGHT)
 
 
-def test_repeated_images_find_the_largest_eigenvalues() -> None:
+@pytest.mark.parametrize("look", [Projection.of_image, Projection.turned])
+def test_repeated_images_find_the_largest_eigenvalues(look: Any) -> None:
     values = 0.5 ** torch.arange(N)
     basis = orthonormal()
     m = basis * values @ basis.mT
     u = orthonormal(k=K)
     for _ in range(30):
-        u = Projection.of_image(u, m @ u, values.sum().expand(G)).vectors
-    found = Projection.of_image(u, m @ u, values.sum().expand(G))
+        u = look(u, m @ u, values.sum().expand(G)).vectors
+    found = look(u, m @ u, values.sum().expand(G))
     torch.testing.assert_close(found.values, values[:K].expand(G, K))
+
+
+def test_to_turn_is_to_project_what_was_seen() -> None:
+    m, u = moment(), orthonormal(k=K)
+    trace = m.diagonal(dim1=1, dim2=2).sum(1)
+    p = Projection.turned(u, m @ u, trace)
+    along = u.mT @ m @ u
+    rest = (trace - along.diagonal(dim1=1, dim2=2).sum(1)) / (N - K)
+    seen = u @ along @ u.mT + rest[:, None, None] * (torch.eye(N) - u @ u.mT)
+    basis = torch.linalg.qr(m @ u)[0]
+    projected = basis.mT @ seen @ basis
+    torch.testing.assert_close(p.values.flip(-1), torch.linalg.eigvalsh(projected))
+    torch.testing.assert_close(p.vectors @ p.vectors.mT, basis @ basis.mT)
+    torch.testing.assert_close(p.trace(), trace, **TIGHT)
+    torch.testing.assert_close(p.vectors.mT @ p.vectors, torch.eye(K).expand(G, K, K), **TIGHT)
+    # Nothing changes where nothing is new, or nothing is there.
+    still = Projection.turned(p.vectors, p.matmul(p.vectors), trace)
+    torch.testing.assert_close(still.dense(), p.dense(), **TIGHT)
+    nothing = Projection.turned(u, torch.zeros_like(u), torch.zeros(G))
+    assert not nothing.dense().any()
 
 
 def test_a_share_of_the_trace_is_held_by_as_few_directions_as_can() -> None:

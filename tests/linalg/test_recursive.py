@@ -111,7 +111,9 @@ def test_a_state_goes_on_where_it_stopped() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_first_inverse_is_dense(dtype: torch.dtype) -> None:
     moment, damping = start(dtype)
-    identity = RecursiveInverse(moment, damping).matrix @ (moment + DAMPING * torch.eye(K, dtype=dtype))
+    identity = RecursiveInverse(moment, damping).matrix @ (
+        moment + DAMPING * torch.eye(K, dtype=dtype)
+    )
     close = 100 * torch.finfo(dtype).eps
     torch.testing.assert_close(
         identity, torch.eye(K, dtype=dtype).expand(G, K, K), rtol=0, atol=close

@@ -156,7 +156,7 @@ def test_the_budget_is_kept_at_every_step(budget, cost):
     assert monitor.seconds == pytest.approx(set_up + clock.now - began - training)
     assert monitor.share == pytest.approx(monitor.seconds / training)
     # As soon as the budget allows, and not several in a row after a time without any.
-    wait = monitor.history[-1].seconds / budget
+    wait = monitor.history[-1].seconds / (0.8 * budget)  # a fifth is left for cold caches
     for one, other in pairwise(monitor.history):
         assert wait - 0.1 <= 0.1 * (other.step - one.step) <= wait + 0.1001
 

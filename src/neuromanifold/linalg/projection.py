@@ -57,6 +57,32 @@ class Projection:
         return cls.completed(values, rows.mT.contiguous(), trace)
 
     @classmethod
+    def turned(cls, directions: Tensor, image: Tensor, trace: Tensor) -> Projection:
+        """From the images of k directions that have been followed: turned to where M is large.
+
+        That is a step of subspace iteration. M is taken to be what was seen along the directions,
+        and μ along all others: where new directions leave the old ones, `of_image` would be too
+        small again and again (papers.md §4.5, rebase).
+
+        Args:
+            directions: orthonormal columns U `(G, n, k)`.
+            image: `M U`.
+            trace: of M, `(G,)`.
+        """
+        width, rank = directions.shape[-2:]
+        moment = directions.mT @ image
+        held = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+        rest = ((trace - held).clamp(min=0) / max(width - rank, 1))[:, None, None]
+        # Where the image is zero, the old directions stay.
+        rounding = torch.finfo(image.dtype).eps * trace[:, None, None]
+        basis = torch.linalg.qr(image + rounding * directions)[0]
+        cosines = basis.mT @ directions
+        eye = torch.eye(rank, dtype=image.dtype, device=image.device)
+        along = cosines @ ((moment + moment.mT) / 2 - rest * eye) @ cosines.mT + rest * eye
+        values, vectors = psd.eigh((along + along.mT) / 2)
+        return cls.completed(values.flip(-1), (basis @ vectors.flip(-1)).contiguous(), trace)
+
+    @classmethod
     def completed(cls, values: Tensor, vectors: Tensor, trace: Tensor) -> Projection:
         """With what is missing of the trace spread evenly over the other directions.
 

@@ -1,9 +1,8 @@
 """Kronecker factors that are followed along some directions only.
 
 Of a factor M, what is averaged is its image `M U` of k directions U, and its trace. The image says
-what M is along U and where its large eigenvalues lie: at each inversion it gives the best matrix of
-rank k, whose eigenvectors are the next directions (papers.md §4.5, with the Nyström matrix of the
-image in place of the moments along U alone).
+what M is along U, and where its large eigenvalues lie: at each inversion the directions turn there
+(papers.md §4.5). The first ones are random; from their image the best matrix of rank k is made.
 """
 
 from __future__ import annotations
@@ -42,11 +41,13 @@ class _Images(Kronecker):
 
     Attributes:
         directions: orthonormal columns `(G, n, k)` by side.
+        unseen: sides whose directions are random, and not renewed yet.
         found: the factors that the images gave when matrices were made, with all directions.
         along: coordinates of the rows of a measurement, for the sides in it.
     """
 
     directions: dict[Key, Tensor] = field(default_factory=dict)
+    unseen: set[Key] = field(default_factory=set)
     found: dict[Key, Projection] = field(default_factory=dict)
     along: dict[Key, list[Tensor]] = field(default_factory=dict)
 
@@ -61,6 +62,7 @@ class _Images(Kronecker):
         directions = self.directions.get((block.name, key))
         if directions is None or directions.shape != shape:  # or frozen or thawed since
             self.directions[block.name, key] = directions = _at_random(shape, key, rows)
+            self.unseen.add((block.name, key))
         along = rows @ directions
         if (block.name, key) in self.along:
             self.along[block.name, key].append(along)
@@ -69,11 +71,12 @@ class _Images(Kronecker):
     def mean(
         self, block: Block, key: str, statistics: Statistics, count: float | Tensor
     ) -> Tensor | Projection:
-        """The best matrix that the image allows."""
+        """What the image allows: at first the best matrix of that rank, later by turning."""
         if key in statistics:
             return super().mean(block, key, statistics, count)
         image, trace = (statistics[f"{key}.{part}"].div_(count) for part in ("image", "trace"))
-        found = Projection.of_image(self.directions[block.name, key], image, trace)
+        look = Projection.of_image if (block.name, key) in self.unseen else Projection.turned
+        found = look(self.directions[block.name, key], image, trace)
         self.found[block.name, key] = found
         return found
 
@@ -138,6 +141,7 @@ class ProjectedCurvature(Curvature):
             self.structure.directions[key] = found.vectors
             image = found.vectors * found.values[:, None]
             self.averages.sums[key[0]][f"{key[1]}.image"] = image.mul_(self._count(key))
+            self.structure.unseen.discard(key)
         self.structure.found.clear()
         return matrices
 
@@ -257,6 +261,7 @@ class ProjectedCurvature(Curvature):
         return {
             **super().state_dict(),
             "directions": {"/".join(key): u for key, u in self.structure.directions.items()},
+            "unseen": ["/".join(key) for key in sorted(self.structure.unseen)],
             "following": {"/".join(key): r.state_dict() for key, r in self._following.items()},
             "generator": self._generator.get_state(),
             "renewed": dict(self.renewed),
@@ -268,6 +273,8 @@ class ProjectedCurvature(Curvature):
         self.structure.directions.clear()
         for key, directions in state["directions"].items():
             self.structure.directions[_key(key)] = directions.to(device, copy=True)
+        self.structure.unseen.clear()
+        self.structure.unseen.update(map(_key, state["unseen"]))
         self._following = {
             _key(key): Recursion.from_state(entry, device)
             for key, entry in state["following"].items()

@@ -30,6 +30,9 @@ __all__ = ["Measured", "Monitor"]
 GROWTH = 8
 """What twice the samples add to the time grows at most by that: an eigendecomposition is cubic."""
 
+USED = 0.8
+"""Share of the budget that its own time may take: steps after a measurement find caches cold."""
+
 RECENT = 3
 """Measurements of which the slowest says what the next one will cost."""
 
@@ -61,9 +64,10 @@ class Monitor:
     """Trace, norm, dimensions and largest eigenvalue along training, within a budget of its time.
 
     Call `step()` once after each training step, with whatever optimizer. It measures when that
-    keeps its own time below `budget` times the training's, which is all the time between calls.
-    What a measurement will cost is known before the first one from trials on 1, 2, 4, ... samples,
-    which count as well. `measure()` does not wait, and its cost has to be saved up for afterwards.
+    keeps its own time below `budget` times the training's, which is all the time between calls; a
+    fifth of the budget is left for what it slows down besides. What a measurement will cost is
+    known before the first one from trials on 1, 2, 4, ... samples, which count as well. `measure()`
+    does not wait, and its cost has to be saved up for afterwards.
 
     All measurements see the same samples, the same random vectors, and the model as it predicts:
     in evaluation mode. Training goes on as if they had not been: modes, buffers, gradients and
@@ -228,8 +232,8 @@ class Monitor:
 
         The latter spreads measurements evenly after a time without any.
         """
-        allowed = self.budget * self.training_seconds
-        since = self.budget * (self.training_seconds - self._last)
+        rate = USED * self.budget
+        allowed, since = rate * self.training_seconds, rate * (self.training_seconds - self._last)
         return self.seconds + self._expected <= allowed and self._expected <= since
 
     # ---- time ------------------------------------------------------------------------------
