@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from neuromanifold._typing import Params
-from neuromanifold.errors import UnsupportedError
+from neuromanifold._writing import writer
 from neuromanifold.operators import BlockMatrix
 from neuromanifold.optim.damping import LevenbergMarquardt
 from neuromanifold.optim.exact import ExactNaturalGradient
@@ -20,9 +18,6 @@ from neuromanifold.optim.natural_gradient import NaturalGradient
 from neuromanifold.optim.schedules import at_step
 
 __all__ = ["Monitor", "scalars"]
-
-Write: TypeAlias = Callable[[int, dict[str, float]], Any]
-"""`write(step, scalars)`."""
 
 Watched: TypeAlias = NaturalGradient | ExactNaturalGradient
 
@@ -186,7 +181,7 @@ class Monitor:
             raise ValueError(f"every is a number of steps, at least 1; got {every}.")
         self.optimizer = optimizer
         self.every = every
-        self._write = _writer(write, prefix)
+        self._write = writer(write, prefix)
         self.seconds = 0.0
         """Spent on watching."""
         self._before: Params = {}
@@ -247,30 +242,3 @@ class Monitor:
         """Watch the optimizer no longer."""
         for hook in self._hooks:
             hook.remove()
-
-
-def _writer(write: Any, prefix: str) -> Write:
-    if isinstance(write, (str, os.PathLike)):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UnsupportedError(
-                "Events for TensorBoard need it installed: pip install tensorboard. Or pass a "
-                "function write(step, scalars)."
-            ) from None
-        write = SummaryWriter(os.fspath(write))
-    add: Callable[[str, float, int], None] | None = getattr(write, "add_scalar", None)
-    if add is not None:
-
-        def to_tensorboard(step: int, found: dict[str, float]) -> None:
-            for name, value in found.items():
-                add(prefix + name, value, step)
-
-        return to_tensorboard
-    if not callable(write):
-        raise TypeError(
-            f"write is a SummaryWriter, a folder, or a function write(step, scalars); "
-            f"got {type(write).__name__}."
-        )
-    found_writer: Write = write
-    return found_writer
