@@ -84,7 +84,7 @@ class MeanField(AdditiveStructure):
             return {"squares": record.squared()}
         if form == "UnitWise":
             return {"moments": record.unit_moments()}
-        weight = self._weight(record.block)
+        weight = self._weight(record.block).to(record.dtype)
         sums: Statistics = {}
         for part in record.parts:
             found = self._of_part(part.apart(), weight[part.groups], first=record.first)
@@ -132,7 +132,7 @@ class MeanField(AdditiveStructure):
         least = torch.where(signal > 0, first.square() / torch.where(signal > 0, signal, 1), 0)
         second = torch.where(varies, torch.maximum(second, least), signal)
         signals = torch.stack([signal, first, second], dim=1)
-        weight = self._weight(block)[..., : mean.shape[-1]]
+        weight = self._weight(block)[..., : mean.shape[-1]].to(mean.dtype)
         moment = statistics["moment"]
         if self.covariance == "diagonal":
             variance = (moment / uses[:, None] - mean.square()).clamp(min=0)
