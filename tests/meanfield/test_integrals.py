@@ -72,7 +72,7 @@ def test_half_lines_equal_integration_split_at_the_kink(activation, slope):
         ("bernoulli", lambda u: u.sigmoid() * (1 - u.sigmoid())),
         ("softplus", lambda u: u.sigmoid() ** 2),
     ],
-    ids=str,
+    ids=["tanh", "sin", "sigmoid", "bernoulli", "softplus"],
 )
 def test_smooth_activations_equal_a_rule_with_more_nodes(activation, information):
     assert_integrals(activation, by_halves(information), 1e-10)

@@ -90,7 +90,7 @@ def test_general_inputs_are_a_congruence_of_standard_ones(activation, kind):
         ("relu", lambda u: (u > 0).to(u)),
         ("bernoulli", lambda u: u.sigmoid() * (1 - u.sigmoid())),
     ],
-    ids=str,
+    ids=["tanh", "relu", "bernoulli"],
 )
 def test_matrix_equals_monte_carlo(activation, information):
     """4·10⁶ samples, to 1e-3, with inputs of any mean and covariance."""

@@ -28,7 +28,6 @@ class RecognitionNetwork(LayeredNetwork):
         sizes: units of each layer, roots first, visible last.
         coding: values for off and on of the hidden units.
         skips: the generative network's further pairs `(parent layer, child layer)`.
-        leaves: visible units, of the generative network.
         bias: initial value of all biases; weights start as Glorot and Bengio (2010) draw them.
         generator: source of the initial weights.
         dtype: of the parameters.

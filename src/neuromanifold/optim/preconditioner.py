@@ -34,7 +34,14 @@ from neuromanifold.optim.inverses import (
 )
 from neuromanifold.optim.quadratic import fisher_products
 from neuromanifold.optim.schedules import Number, Schedule, at_step
-from neuromanifold.optim.watch import Observer, as_batch, in_training, is_data_parallel, undisturbed
+from neuromanifold.optim.watch import (
+    Observer,
+    as_batch,
+    in_training,
+    is_data_parallel,
+    own_parameters,
+    undisturbed,
+)
 from neuromanifold.structures import Kronecker, Reducer, Source, Structure
 
 __all__ = ["Preconditioner"]
@@ -137,6 +144,7 @@ class Preconditioner:
         self._bypassed: set[str] = set()
         self._expected = frozenset(self._followers())
         self._trainable = _trainable(self.model)
+        self._thawed: list[bool] | None = _thawed(self.model)
         self._blocks: list[Block] = []
         self._missed = False
         self._set_inverses([])
@@ -163,7 +171,7 @@ class Preconditioner:
     @property
     def is_due(self) -> bool:
         """Whether a measurement is due in this step."""
-        return self._missed or self._due()[0] or self._trainable != _trainable(self.model)
+        return self._missed or self._due()[0] or self._thawed != _thawed(self.model)
 
     @property
     def missed(self) -> bool:
@@ -218,7 +226,7 @@ class Preconditioner:
             self.seconds += time.perf_counter() - started
 
     def _measure(self, data: Any) -> None:
-        trainable = _trainable(self.model)
+        trainable, self._thawed = _trainable(self.model), _thawed(self.model)
         if self._trainable != trainable:
             self._trainable, self._inverted = trainable, None
             self._expected = frozenset(self._followers())
@@ -375,6 +383,8 @@ class Preconditioner:
         if isinstance(self.damping, LevenbergMarquardt) and state["damping"]:
             self.damping.load_state_dict(state["damping"])
         self._trainable, self._bypassed = list(state["trainable"]), set(state["bypassed"])
+        same = self._trainable == _trainable(self.model)
+        self._thawed = _thawed(self.model) if same else None  # measured anew
         self._blocks = [Block.from_dict(entry) for entry in state["blocks"]]
         self._expected = frozenset(self._followers())
 
@@ -392,6 +402,11 @@ class Preconditioner:
 
 def _trainable(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _thawed(model: nn.Module) -> list[bool]:
+    """What changes when a parameter is frozen or thawed; looked at before each forward pass."""
+    return [p.requires_grad for p in own_parameters(model)]
 
 
 def _check(*, relative: Number, per: str, decay: float, fraction: float, observe: str) -> None:
