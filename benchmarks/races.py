@@ -143,11 +143,11 @@ def race(races: Races, key: str, mode: str, tell: Callable[[str], None]) -> dict
     """Everything about one problem, for a JSON file."""
     problem = races.problems[key]
     outcomes = contest(problem, [*races.others, *races.ours], MODES[mode], tell)
-    return {"problem": problem.title, "rows": rows(races, problem, outcomes), **_curves(outcomes)}
-
-
-def _curves(outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    return {"outcomes": as_data(outcomes)}
+    return {
+        "problem": problem.title,
+        "rows": rows(races, problem, outcomes),
+        "outcomes": as_data(outcomes),
+    }
 
 
 def rows(races: Races, problem: Problem, outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:

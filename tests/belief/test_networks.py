@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from neuromanifold import belief
 from neuromanifold.belief import SigmoidBeliefNetwork, enumeration
+from neuromanifold.belief.units import GaussianUnits
 from neuromanifold.errors import TooLargeError, UnsupportedError
 
 CASES = [
@@ -158,3 +159,8 @@ def test_values_of_other_widths_are_refused(network):
         net.log_joint([torch.zeros(1, 2), torch.zeros(1, 4)])
     with pytest.raises(ValueError, match=r"shape \(N, 3\)"):
         net.exact_log_likelihood(torch.zeros(1, 4))
+
+
+def test_a_continuum_has_no_list_of_values() -> None:
+    with pytest.raises(UnsupportedError, match="cannot be listed"):
+        GaussianUnits().decode(torch.arange(2), 1, torch.float64)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from neuromanifold.errors import UnsupportedError
+
 __all__ = ["BernoulliUnits", "CategoricalUnits", "GaussianUnits", "Units", "choose", "uniform"]
 
 
@@ -89,8 +91,15 @@ class Units(ABC):
         return None
 
     def decode(self, index: Tensor, units: int, dtype: torch.dtype) -> Tensor:
-        """Joint values by number, `(S,)` integers to `(S, n)`, for units with `states`."""
-        raise NotImplementedError
+        """Joint values by number, `(S,)` integers to `(S, n)`, for units with `states`.
+
+        Raises:
+            UnsupportedError: If the units have a continuum of values.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} have a continuum of values, which cannot be listed. Estimate "
+            f"by samples: samples=... instead of enumeration."
+        )
 
 
 class BernoulliUnits(Units):

@@ -16,9 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from neuromanifold._files import atomic_path
 from neuromanifold.cli.app import Debug, Json, Out, Seed, _page, _readable_errors, app
-from neuromanifold.cli.output import MISSING, MOST_LAYERS, check_page, measured, note, number
+from neuromanifold.cli.output import (
+    MISSING,
+    MOST_LAYERS,
+    check_page,
+    measured,
+    note,
+    number,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from neuromanifold.meanfield.initialisation import Variances
@@ -198,10 +205,7 @@ def publish_study(
     if page is not None:
         from neuromanifold.report import render_meanfield
 
-        html = render_meanfield(study, title=title)
-        with atomic_path(page) as partial:
-            partial.write_text(html, encoding="utf-8")
-        note(f"Wrote {page}. Open it in a browser.")
+        write_page(page, render_meanfield(study, title=title))
     if as_json:
         typer.echo(json.dumps(study, indent=2, allow_nan=False))
         return

@@ -47,15 +47,19 @@ def check_page(page: Path | None) -> None:
         raise ValueError(f"No folder {page.parent} to write {page.name} into. Create it first.")
 
 
+def write_page(page: Path, html: str) -> None:
+    """Write it completely or not at all, and say so."""
+    with atomic_path(page) as partial:
+        partial.write_text(html, encoding="utf-8")
+    note(f"Wrote {page}. Open it in a browser.")
+
+
 def publish(analyses: Sequence[Analysis], *, title: str, page: Path | None, as_json: bool) -> None:
     """Write the page if there is to be one, then print the analyses."""
     if page is not None:
         from neuromanifold.report import render
 
-        html = render(list(analyses), title=title)
-        with atomic_path(page) as partial:
-            partial.write_text(html, encoding="utf-8")
-        note(f"Wrote {page}. Open it in a browser.")
+        write_page(page, render(list(analyses), title=title))
     if as_json:
         typer.echo(json.dumps(list(analyses), indent=2, allow_nan=False))
     else:

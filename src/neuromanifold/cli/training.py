@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from neuromanifold._files import atomic_path
 from neuromanifold.cli.app import Debug, Json, Out, Seed, Target, _page, _readable_errors, app
-from neuromanifold.cli.output import MISSING, check_page, note
+from neuromanifold.cli.output import MISSING, check_page, note, write_page
 
 __all__ = ["train"]
 
@@ -108,10 +107,7 @@ def publish_contest(
     if page is not None:
         from neuromanifold.report import render_contest
 
-        html = render_contest(result, title=title)
-        with atomic_path(page) as partial:
-            partial.write_text(html, encoding="utf-8")
-        note(f"Wrote {page}. Open it in a browser.")
+        write_page(page, render_contest(result, title=title))
     if as_json:
         typer.echo(json.dumps(result, indent=2, allow_nan=False))
         return

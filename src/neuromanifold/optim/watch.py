@@ -99,7 +99,7 @@ def in_training(model: nn.Module) -> bool:
 
 
 def own_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Those of all modules, in no order to rely on; five times as fast as `model.parameters()`."""
+    """Those of all modules, in no order to rely on: `model.parameters()` makes their names too."""
     modules = [model]
     while modules:
         module = modules.pop()

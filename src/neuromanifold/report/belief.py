@@ -7,6 +7,7 @@ from typing import Any
 
 from neuromanifold._extras import require_extra
 from neuromanifold.report.headline import Fact
+from neuromanifold.report.kinds import require_kind
 from neuromanifold.report.numerals import MISSING, count, counted, percent, quantity
 from neuromanifold.report.wake_sleep import KIND, VERSION
 
@@ -36,12 +37,7 @@ def render_belief(studies: Sequence[Study], *, title: str) -> str:
     if not studies:
         raise ValueError("There is nothing to show: pass at least one study.")
     for study in studies:
-        given = study.get("kind"), study.get("version")
-        if given != (KIND, VERSION):
-            raise ValueError(
-                f"The study has kind {given[0]!r} and version {given[1]!r}, expected {KIND!r} and "
-                f"{VERSION}. Pass what study_belief returned."
-            )
+        require_kind(study, (KIND, VERSION), what="The study", made_by="study_belief")
     require_extra("report", "jinja2", "altair", "vl_convert")
     from neuromanifold.report.render import fill
     from neuromanifold.report.sections.belief import belief_sections

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from neuromanifold._extras import require_extra
 from neuromanifold.report.headline import Fact
+from neuromanifold.report.kinds import require_kind
 from neuromanifold.report.numerals import MISSING, count, counted, measured, percent, quantity
 from neuromanifold.report.standing import (
     Contest,
@@ -36,12 +37,8 @@ def render_contest(contest: Contest, *, title: str) -> str:
         UnsupportedError: If the report extra is not installed.
         ValueError: If the dict is something else.
     """
-    given = contest.get("kind"), contest.get("version")
-    if given != (_KIND, _VERSION):
-        raise ValueError(
-            f"The comparison has kind {given[0]!r} and version {given[1]!r}, expected {_KIND!r} "
-            f"and {_VERSION}. Pass what neuromanifold.training.compare_optimizers returned."
-        )
+    made_by = "neuromanifold.training.compare_optimizers"
+    require_kind(contest, (_KIND, _VERSION), what="The comparison", made_by=made_by)
     require_extra("report", "jinja2", "altair", "vl_convert")
     from neuromanifold.report.render import fill
     from neuromanifold.report.sections.contest import contest_sections

@@ -7,6 +7,7 @@ from typing import Any
 
 from neuromanifold._extras import require_extra
 from neuromanifold.report.headline import Fact
+from neuromanifold.report.kinds import require_kind
 from neuromanifold.report.numerals import MISSING, count, counted, quantity
 from neuromanifold.report.random_networks import KIND, VERSION
 
@@ -32,12 +33,8 @@ def render_meanfield(study: Study, *, title: str) -> str:
         UnsupportedError: If the report extra is not installed.
         ValueError: If the dict is something else.
     """
-    given = study.get("kind"), study.get("version")
-    if given != (KIND, VERSION):
-        raise ValueError(
-            f"The study has kind {given[0]!r} and version {given[1]!r}, expected {KIND!r} and "
-            f"{VERSION}. Pass what study_random or study_model returned."
-        )
+    made_by = "study_random or study_model"
+    require_kind(study, (KIND, VERSION), what="The study", made_by=made_by)
     require_extra("report", "jinja2", "altair", "vl_convert")
     from neuromanifold.report.render import fill
     from neuromanifold.report.sections.meanfield import meanfield_sections

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from neuromanifold._extras import require_extra
+from neuromanifold.report.kinds import require_kind
 
 __all__ = ["fill", "render"]
 
@@ -97,13 +98,9 @@ def _check(analyses: Sequence[Mapping[str, Any]]) -> None:
     if not analyses:
         raise ValueError("There is nothing to report: pass at least one analysis.")
     for number, analysis in enumerate(analyses, 1):
-        given = (analysis.get("kind"), analysis.get("version"))
-        if given != (_KIND, _VERSION):
-            raise ValueError(
-                f"Number {number} of the analyses has kind {given[0]!r} and version {given[1]!r}, "
-                f"expected {_KIND!r} and {_VERSION}. Pass what neuromanifold.report.collect "
-                f"returned, and measure again if that was another version."
-            )
+        what = f"Number {number} of the analyses"
+        made_by = "neuromanifold.report.collect"
+        require_kind(analysis, (_KIND, _VERSION), what=what, made_by=made_by)
 
 
 @cache

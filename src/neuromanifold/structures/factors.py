@@ -166,7 +166,7 @@ class RecursiveInverse(Projected):
     """
 
     rows: int = 128
-    tolerance: float = 0.5
+    tolerance: float = 0.1
 
 
 def _check_at_least_one(**numbers: int) -> None:
