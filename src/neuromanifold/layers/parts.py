@@ -33,6 +33,11 @@ __all__ = [
 TEMPORARY_NUMEL = 2**24
 """Numbers in a temporary that a loop may make."""
 
+_MANY_UNITS = 32
+"""From which on second moments of units are faster as weighted sums of pairs of inputs."""
+_STRIP = 16
+"""Columns of these at a time: fewer make narrow products, more waste the symmetry."""
+
 
 class Side(ABC):
     """The vectors of one side of a sum over positions, `n` numbers each.
@@ -321,15 +326,29 @@ class Factored(Part):
         """At one position, inputs weighted by squared cotangents."""
         if self.num_positions != 1:
             return super().unit_moments()
-        a = self.augmented.squeeze(2)  # (G, N, I)
-        weights = self._squared_cotangents().mT  # (G, O, N)
-        out = a.new_empty(*weights.shape[:2], a.shape[2], a.shape[2])
+        return _weighted_moments(self.augmented.squeeze(2), self._squared_cotangents().mT)
+
+
+def _weighted_moments(a: Tensor, weights: Tensor) -> Tensor:
+    """`Σ_n w_on a_n a_nᵀ` for inputs `(G, N, I)` and weights `(G, O, N)`: `(G, O, I, I)`."""
+    num_units, (num_samples, width) = weights.shape[1], a.shape[1:]
+    out = a.new_empty(*weights.shape[:2], width, width)
+    if num_units < _MANY_UNITS:
         step = max(TEMPORARY_NUMEL // a.numel(), 1)
-        for start in range(0, weights.shape[1], step):
+        for start in range(0, num_units, step):
             units = slice(start, start + step)
             weighted = a.mT[:, None] * weights[:, units, None, :]  # (G, o, I, N)
-            out[:, units] = (weighted.flatten(1, 2) @ a).unflatten(1, (-1, a.shape[-1]))
+            out[:, units] = (weighted.flatten(1, 2) @ a).unflatten(1, (-1, width))
         return out
+    # Products of pairs of inputs are the same for all units, and half of the pairs are enough.
+    step = max(min(_STRIP, TEMPORARY_NUMEL // (num_samples * width)), 1)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        pairs = a[..., start:stop, None] * a[..., None, start:]
+        strip = (weights @ pairs.flatten(2)).unflatten(2, pairs.shape[2:])
+        out[..., start:stop, start:] = strip
+        out[..., stop:, start:stop] = strip[..., stop - start :].mT
+    return out
 
 
 class Indexed(Part):

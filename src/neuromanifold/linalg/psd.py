@@ -90,14 +90,36 @@ def inverse(matrices: Tensor, damping: float | Tensor) -> Tensor:
     """
     shifted = matrices.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    inverse = torch.cholesky_inverse(factor)
+    inverse, failed = _definite_inverse(shifted)
     if bool(failed.any()):
         values, vectors = torch.linalg.eigh(shifted)
         # Rounding below the damping: the matrix is positive semi-definite.
         floor = torch.as_tensor(damping, dtype=values.dtype, device=values.device)
         inverse = (vectors / torch.maximum(values, floor)[:, None]) @ vectors.mT
     return inverse
+
+
+def _definite_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """`M⁻¹` of a batch `(B, n, n)`, and which of them are not positive definite, `(B,)`.
+
+    LAPACK takes matrices one by one, and most of its time goes to calls if they are small: where
+    there are many, all but small corners is products of whole batches, by Schur complements.
+    """
+    batch, n, _ = matrices.shape
+    if batch < _MANY or n <= _CORNER:
+        factor, failed = torch.linalg.cholesky_ex(matrices)
+        return torch.cholesky_inverse(factor), failed != 0
+    m = n // 2
+    first, cross = matrices[:, :m, :m], matrices[:, m:, :m]
+    of_first, failed = _definite_inverse(first)
+    along = cross @ of_first
+    of_rest, failed_too = _definite_inverse(matrices[:, m:, m:] - along @ cross.mT)
+    out = torch.empty_like(matrices)
+    out[:, m:, m:] = of_rest
+    out[:, m:, :m] = (of_rest @ along).neg_()
+    out[:, :m, m:] = out[:, m:, :m].mT
+    out[:, :m, :m] = of_first - along.mT @ out[:, m:, :m]
+    return out, failed | failed_too
 
 
 def aligned_empty(like: Tensor, *shape: int) -> Tensor:
@@ -135,4 +157,8 @@ def second_moment(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 _BLOCK = 256
+_MANY = 32
+"""Matrices in a batch from which on LAPACK is kept to corners."""
+_CORNER = 24
+"""Their width."""
 _ALIGNMENT = 16

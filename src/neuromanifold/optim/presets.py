@@ -81,7 +81,7 @@ WEIGHT_DECAY = 0.02
 """Of presets, as that of AdamW is not zero: best on digits and a small language model
 (`python -m benchmarks.training`)."""
 
-RELATIVE: Options = {"lr": 0.05, "relative": 0.001, "schedule": Schedule(10, 20)}
+RELATIVE: Options = {"lr": 0.05, "relative": 0.001, "schedule": Schedule(25, 50)}
 """Of relative metrics, whose scale is that of the inputs and not of the loss, and which change
 slowly (papers.md §1.4; `python -m benchmarks.races relative`)."""
 
@@ -256,7 +256,7 @@ def relative(
         widest: numbers that these matrices of a layer may have.
         **options: see `nm.optim.Options`. Unless they say otherwise, `lr` is 0.05, each block is
             damped by 0.001 times its mean eigenvalue (`relative`), and the metric is measured every
-            10 and inverted every 20 steps.
+            25 and inverted every 50 steps.
 
     Source: Sun and Nielsen, arXiv 1606.06069.
 
