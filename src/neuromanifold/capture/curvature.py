@@ -48,10 +48,10 @@ OfParams = Callable[[Params], Tensor]
 
 
 @contextlib.contextmanager
-def twice(parameters: Iterable[str], instead: str) -> Iterator[None]:
+def twice(model: nn.Module, parameters: Iterable[str], instead: str) -> Iterator[None]:
     """Set torch up to differentiate twice; say what to do about what it cannot transform."""
     try:
-        with torch.no_grad(), differentiable_twice(), PlainFunctions():
+        with torch.no_grad(), differentiable_twice(model), PlainFunctions():
             yield
     except RuntimeError as error:
         known = ("forward AD", "saved tensor hooks", "data pointer", "jvp", "randomness")

@@ -39,6 +39,10 @@ class _Called(nn.Module):
         return self._forward(self.model, inputs)
 
 
+FEW = 8
+"""Samples that tell whether a model is a function of its inputs and parameters."""
+
+
 def functional_model(
     plan: Plan, forward: Forward, canonical: Callable[[Any], Tensor]
 ) -> Callable[[dict[str, Tensor], Any], Tensor]:
@@ -181,7 +185,7 @@ def _by_vmap(
     per_sample = vmap(grad(contracted, has_aux=True), in_dims=(None, 0, 0), randomness="error")
     found: list[dict[str, Tensor]] = []
     # Without no_grad the other parameters, which are not replaced, would keep a graph alive.
-    with torch.no_grad(), differentiable_twice():
+    with torch.no_grad(), differentiable_twice(plan.model):
         for cotangent in cotangents:
             gradients, alone = per_sample(params, rows, cotangent)
             if differ(alone, outputs, eps):
@@ -284,18 +288,44 @@ def require_function(
     Raises:
         UnsupportedError: If it is random, or keeps parameters elsewhere.
     """
-    elsewhere, again = _kept_elsewhere(plan, forward, canonical, batch, plan.layout.names)
-    if differ(again, outputs, torch.finfo(outputs.dtype).eps):
+    found = _again(plan, forward, canonical, batch, outputs, FEW)
+    if found is None:  # some samples do not tell, where a model mixes those of a batch
+        found = _again(plan, forward, canonical, batch, outputs, None)
+    if found is None:
         raise UnsupportedError(
             "The model gives other outputs when it is called again with the same inputs (dropout "
             "in training mode?), so each pass would belong to another Fisher matrix. Call "
             f"model.eval(). {instead}"
         )
-    if elsewhere:
+    if found:
         raise UnsupportedError(
-            f"The model reads {elsewhere} from a list or an attribute instead of from the module "
+            f"The model reads {found} from a list or an attribute instead of from the module "
             f"that owns them, so torch.func cannot differentiate with respect to them. {instead}"
         )
+
+
+def _again(
+    plan: Plan,
+    forward: Forward,
+    canonical: Callable[[Any], Tensor],
+    batch: Batch,
+    outputs: Tensor,
+    few: int | None,
+) -> list[str] | None:
+    """Parameters that are read from elsewhere; None if the first samples get other outputs."""
+    if few is not None and few < outputs.shape[0]:
+        try:
+            batch = batch.samples(0, few)
+        except UnsupportedError:
+            return None
+        outputs = outputs[:few]
+    try:
+        elsewhere, again = _kept_elsewhere(plan, forward, canonical, batch, plan.layout.names)
+    except Exception:
+        if few is None:
+            raise
+        return None  # the model insists on the size of the batch
+    return None if differ(again, outputs, torch.finfo(outputs.dtype).eps) else elsewhere
 
 
 def _one_by_one(plan: Plan, outputs: Tensor, cotangents: Tensor) -> dict[str, Tensor]:

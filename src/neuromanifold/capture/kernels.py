@@ -16,13 +16,14 @@ __all__ = ["differentiable_twice", "plain_gradients", "plain_lookups"]
 
 
 @contextlib.contextmanager
-def differentiable_twice() -> Iterator[None]:
+def differentiable_twice(model: nn.Module) -> Iterator[None]:
     """Kernels that torch.func can transform: attention by plain mathematics, no fused fast path."""
     _load_forward_mode()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     mkldnn = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # its recurrent layers have no forward mode
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch._C._set_mkldnn_enabled(False)  # its recurrent layers have no forward mode
     try:
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),

@@ -302,7 +302,13 @@ class Factored(Part):
         """`Σ_t g_t ã_tᵀ`."""
         if self.num_positions == 1 and self.a is None:
             return self.g.transpose(-1, -2)
-        return self.g.transpose(-1, -2) @ self.augmented
+        a = self.augmented
+        if self.num_positions == 1 or len(self.g) == 1:
+            return self.g.transpose(-1, -2) @ a
+        out = self.g.new_empty(*self.g.shape[:3], self.g.shape[4], a.shape[3])
+        for own, g in zip(out, self.g, strict=True):  # all at once would copy inputs V times
+            torch.matmul(g.transpose(-1, -2), a, out=own)
+        return out
 
     def squared(self) -> Tensor:
         """A matrix product at one position: `(Σ_t g_o a_i)² = g_o² a_i²`."""

@@ -221,10 +221,11 @@ def _next(rest: Tensor, known: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     block, triangle = (x.T for x in torch.linalg.qr(rest.T))
     rounding = torch.finfo(rest.dtype).eps * math.sqrt(rest.shape[1]) * scale
     lost = triangle.diagonal().abs() <= rounding
-    # An exhausted direction of the Krylov space is replaced; which by is all the same.
-    generator = torch.Generator().manual_seed(len(known))
-    noise = torch.randn(rest.shape, generator=generator, dtype=torch.float64).to(rest)
-    block = torch.where(lost[:, None], noise, block)
+    if bool(lost.any()):
+        # An exhausted direction of the Krylov space is replaced; which by is all the same.
+        generator = torch.Generator().manual_seed(len(known))
+        noise = torch.randn(rest.shape, generator=generator, dtype=torch.float64).to(rest)
+        block = torch.where(lost[:, None], noise, block)
     for _ in range(2):
         block = block - (block @ known.T) @ known
         block = torch.linalg.qr(block.T)[0].T

@@ -63,7 +63,7 @@ def fisher_products(source: Source, plan: Plan, directions: Sequence[Params]) ->
     total = torch.zeros(len(directions), len(directions), dtype=source.dtype, device=source.device)
     for batch in source.data:
         of_params = partial(_with_inputs, function, batch.inputs)
-        with torch.no_grad(), differentiable_twice():
+        with torch.no_grad(), differentiable_twice(plan.model):
             outputs = of_params(params)
             pushed = vmap(partial(_pushed, of_params, params))(tangents)
         targets = source.targets(outputs, batch)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointError
 
 from neuromanifold._typing import Params
 from neuromanifold.capture import (
@@ -21,11 +25,13 @@ from neuromanifold.capture import (
     differentiable_twice,
     require_function,
 )
+from neuromanifold.capture.curvature import OfParams
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.estimators import Hessian
 from neuromanifold.operators import FisherOperator
 from neuromanifold.structures._base import Source, Structure, unsupported_reducer
 from neuromanifold.structures.diagonal import Diagonal
+from neuromanifold.structures.linearisation import Linearisation, pushed_once
 from neuromanifold.structures.second_order import INSTEAD, NOTE, of_model, second_order_product
 
 __all__ = ["Implicit", "ImplicitOperator"]
@@ -33,12 +39,22 @@ __all__ = ["Implicit", "ImplicitOperator"]
 PLAIN = "products run attention by the plain mathematics kernel, whose derivatives exist twice"
 
 
+LIGHT = 2**22
+"""Parameters times samples up to which calls cost more than products: vectors go together."""
+
+
+@dataclass(frozen=True, repr=False)
 class Implicit(Structure):
     """Products only: one forward-mode and one reverse-mode pass over the data for each.
 
     With `nm.Hessian()`, it is one pass of forward mode over reverse mode, about twice as long.
-    Needs no memory beyond a backward pass. The operator keeps the model and the data; it sees the
-    parameters as they are when a product is taken. Sampled labels are the same in every product.
+    The operator keeps the model and the data; it sees the parameters as they are when a product is
+    taken. Sampled labels are the same in every product.
+
+    Args:
+        keep: let products that repeat, with data of one batch and parameters that have not changed,
+            keep what a forward and a backward pass leave in memory, so that the model does not run
+            again. Without, no product takes more memory than a backward pass.
 
     Example:
         >>> import torch, neuromanifold as nm
@@ -47,6 +63,8 @@ class Implicit(Structure):
         >>> (F @ torch.ones(8)).shape
         torch.Size([8])
     """
+
+    keep: bool = True
 
     def build(self, source: Source) -> ImplicitOperator:
         """Check that data and model can be used again, count samples, and fix the randomness."""
@@ -97,6 +115,7 @@ class ImplicitOperator(FisherOperator):
         self._source = source
         self._fresh = fresh
         self._normaliser = source.normaliser
+        self._kept = _Kept() if structure.keep else None
 
     def _matmat(self, rows: Tensor) -> Tensor:
         source, generator = self._source, self._fresh()
@@ -106,8 +125,11 @@ class ImplicitOperator(FisherOperator):
             name: rows[:, s].reshape(-1, *self.layout.shapes[name]).to(params[name].dtype)
             for name, s in self.layout.slices.items()
         }
-        second_order = isinstance(source.estimator, Hessian)
-        product = second_order_product if second_order else _first_order_product
+        if isinstance(source.estimator, Hessian):
+            product = second_order_product
+        else:
+            alone = source.data.num_batches == 1
+            product = partial(_first_order_product, kept=self._kept if alone else None)
         total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
         for batch in source.data:
             check_devices(batch, self.device)
@@ -121,17 +143,50 @@ class ImplicitOperator(FisherOperator):
         return Diagonal().build(again)._diagonal()
 
 
+class _Kept:
+    """The linearisation at a batch, once products there repeat, while nothing changes."""
+
+    def __init__(self) -> None:
+        self._products = 0
+        self._state: list[Tensor] = []
+        self._linear: Linearisation | None = None
+
+    def linear(
+        self, model: nn.Module, batch: Batch, make: Callable[[], Linearisation]
+    ) -> Linearisation | None:
+        """What is kept; None for the first product, and for the first after a change."""
+        state = [
+            leaf
+            for leaf in tree_leaves((dict(model.state_dict(keep_vars=True)), batch.inputs))
+            if isinstance(leaf, Tensor)
+        ]
+        if self._linear is not None and not _same(state, self._state):
+            self._linear, self._products = None, 0
+        self._products += 1
+        if self._products > 1 and self._linear is None:
+            self._linear = make()
+            self._state = [leaf.detach().clone() for leaf in state]
+        return self._linear
+
+
+def _same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
 def _first_order_product(
-    source: Source, batch: Batch, params: Params, tangents: Params, generator: torch.Generator
+    source: Source,
+    batch: Batch,
+    params: Params,
+    tangents: Params,
+    generator: torch.Generator,
+    kept: _Kept | None,
 ) -> Params:
     """`Σ_n J_nᵀ Σ_out(n) J_n v` for R vectors."""
-    of_params = of_model(source, batch)
-    with torch.no_grad(), differentiable_twice(), _explained():
-        outputs, pull = vjp(of_params, params)[:2]
-        try:
-            pushed = _push(of_params, params, tangents)
-        except NotImplementedError:  # an operator without forward mode
-            pushed = _push_by_transposing(pull, outputs, tangents)
+    model, of_params = source.plan.model, of_model(source, batch)
+    num_vectors = len(next(iter(tangents.values())))
+    before = generator.get_state() if num_vectors > 1 else None
+
+    def at_outputs(outputs: Tensor, pushed: Tensor) -> Tensor:
         product = source.estimator.output_product(
             source.likelihood,
             outputs,
@@ -139,42 +194,83 @@ def _first_order_product(
             pushed,
             generator=generator,
         )
-        pulled: Params = vmap(pull)(product.to(outputs.dtype))[0]
+        return product.to(outputs.dtype)
+
+    with torch.no_grad(), differentiable_twice(model), _explained():
+        if before is not None and _light(batch, params):
+            try:
+                return _together(of_params, params, tangents, at_outputs)
+            except RuntimeError:  # plain autograd takes some of what torch.func does not
+                generator.set_state(before)
+        linear = None
+        if not _convolves(model):
+            make = partial(Linearisation, of_params, params)
+            linear = None if kept is None else kept.linear(model, batch, make)
+            if linear is None and num_vectors > 1:
+                linear = make()
+        pulled = []
+        for i in range(num_vectors):
+            if i > 0 and before is not None:
+                generator.set_state(before)  # the same labels
+            v = {name: value[i] for name, value in tangents.items()}
+            pulled.append(_alone(of_params, params, v, linear, at_outputs))
+    return {name: torch.stack([found[name] for found in pulled]) for name in params}
+
+
+def _alone(
+    of_params: OfParams,
+    params: Params,
+    v: Params,
+    linear: Linearisation | None,
+    at_outputs: Callable[[Tensor, Tensor], Tensor],
+) -> Params:
+    """For one vector."""
+    if linear is None:
+        try:
+            outputs, pushed, pull = pushed_once(of_params, params, v)
+            return pull(at_outputs(outputs, pushed[None])[0])
+        except (NotImplementedError, CheckpointError):  # no forward mode
+            linear = Linearisation(of_params, params)
+    return linear.pull(at_outputs(linear.outputs, linear.push(v)[None])[0])
+
+
+def _together(
+    of_params: OfParams,
+    params: Params,
+    tangents: Params,
+    at_outputs: Callable[[Tensor, Tensor], Tensor],
+) -> Params:
+    """For all vectors in one pass.
+
+    Raises:
+        RuntimeError: If torch.func cannot transform the model.
+    """
+    outputs, pull = vjp(of_params, params)[:2]
+    pushed = vmap(lambda tangent: jvp(of_params, (params,), (tangent,))[1])(tangents)
+    pulled: Params = vmap(pull)(at_outputs(outputs, pushed))[0]
     return pulled
+
+
+def _light(batch: Batch, params: Params) -> bool:
+    """Whether the model is so small that most of a pass goes to calls."""
+    rows = [
+        leaf.shape[0]
+        for leaf in tree_leaves(batch.inputs)
+        if isinstance(leaf, Tensor) and leaf.ndim
+    ]
+    return max(rows, default=1) * sum(value.numel() for value in params.values()) <= LIGHT
+
+
+def _convolves(model: nn.Module) -> bool:
+    """Whether it has convolutions, whose second reverse mode is slower than another pass."""
+    return any(isinstance(module, _ConvNd) for module in model.modules())
 
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Say what to do about what torch.func cannot transform."""
+    """Say what to do about what cannot be differentiated."""
     try:
         yield
-    except RuntimeError as error:
-        if "saved tensor hooks" in str(error):
-            what = "uses activation checkpointing"
-        elif "data pointer" in str(error):
-            what = "packs sequences, or calls another function of raw memory"
-        else:
-            raise
-        raise UnsupportedError(
-            f"The model {what}, which torch.func cannot differentiate for products of Implicit(). "
-            f"nm.Gram() has the same products from one pass."
-        ) from error
-
-
-def _push(
-    of_params: Callable[[Params], Tensor], params: Params, tangents: dict[str, Tensor]
-) -> Tensor:
-    """`J v` for R tangents: `(R, *outputs.shape)`."""
-    return vmap(lambda tangent: jvp(of_params, (params,), (tangent,))[1])(tangents)
-
-
-def _push_by_transposing(
-    pull: Callable[[Tensor], tuple[Params]], outputs: Tensor, tangents: dict[str, Tensor]
-) -> Tensor:
-    """`J v` as the transpose of `u ↦ Jᵀ u`, by reverse mode alone."""
-    try:
-        transposed = vjp(pull, torch.zeros_like(outputs))[1]
-        return vmap(lambda tangent: transposed((tangent,))[0])(tangents)
     except NotImplementedError as error:
         raise UnsupportedError(
             f"The model uses an operator that can be differentiated only once ({error}), and "

@@ -256,7 +256,9 @@ def rows_of(record: Record) -> Rows:
         what=f"The gradients of {record.block.name!r} for {record.num_samples} samples",
         instead="Use fewer samples, or params=[...] without this layer.",
     )
-    parts = [part.per_sample() for part in record.split(TEMPORARY_NUMEL, across_sweeps=False)]
+    if isinstance(part, Factored):
+        return WholeRows(_flat(part.per_sample()))
+    parts = [some.per_sample() for some in record.split(TEMPORARY_NUMEL, across_sweeps=False)]
     return WholeRows(_flat(torch.cat(parts, dim=2)))
 
 

@@ -230,7 +230,7 @@ def second_order_product(
     """Second derivatives of the surprise of a batch's labels times R vectors."""
     estimator, of_params = source.estimator, of_model(source, batch)
     assert isinstance(estimator, Hessian)
-    with twice(params, INSTEAD):
+    with twice(source.plan.model, params, INSTEAD):
         outputs = of_params(params)
         targets = source.targets(outputs, batch)
         surprise = estimator.surprise(source.likelihood, outputs, targets, generator=generator)
@@ -248,7 +248,7 @@ def second_order_matrix(structure: Structure, source: Source) -> IndefiniteOpera
     whole = Block.whole(layout)
     total = torch.zeros(p, p, dtype=source.dtype, device=source.device)
     for labelled in _labelled_batches(source):
-        with twice(layout.names, INSTEAD):
+        with twice(source.plan.model, layout.names, INSTEAD):
             total += labelled.whole_matrix()
     source.reduce([total])
     require_finite({name: {"": total[s]} for name, s in layout.slices.items()})
@@ -302,7 +302,7 @@ def _of_batch(
     """Add the statistics of a batch; returns the blocks for which the labels drop out."""
     source, tape, outputs = labelled.source, labelled.tape, labelled.outputs
     exact = Exact()
-    with twice(source.plan.layout.names, INSTEAD):
+    with twice(source.plan.model, source.plan.layout.names, INSTEAD):
         slope = labelled.slope()
         label_free = (
             labelled.label_free()
@@ -312,7 +312,7 @@ def _of_batch(
     linear = set()
     for record in tape.records(slope[None]):
         block = record.block
-        with twice(block.parameters, INSTEAD):
+        with twice(source.plan.model, block.parameters, INSTEAD):
             of_params, parameters = labelled.of_params, labelled.parameters(block)
             if not curved(of_params, parameters, tape.eps, INSTEAD) and label_free:
                 linear.add(block.name)

@@ -187,7 +187,7 @@ def _of_batch(source: Source, tape: Tape, batch: Batch, samples: int, *, first: 
         block.write(_information(record), sums[:2], layout)
         parameters = {name: plan.parameters[name].detach() for name in block.parameters}
         of_params = partial(_swapped, model, batch.inputs)
-        with twice(block.parameters, INSTEAD):
+        with twice(plan.model, block.parameters, INSTEAD):
             if not curved(of_params, parameters, tape.eps, INSTEAD):
                 continue
             layer = used_once(plan, record)
