@@ -312,8 +312,8 @@ class Factored(Part):
 
     def squared(self) -> Tensor:
         """A matrix product at one position: `(Σ_t g_o a_i)² = g_o² a_i²`."""
-        if self.num_positions != 1:
-            return super().squared()
+        if self.num_positions != 1:  # a temporary of its own, to be written over
+            return self.per_sample().square_().sum(dim=(0, 2))
         weights = self._squared_cotangents()  # (G, N, O)
         width = 0 if self.a is None else self.a.shape[-1]
         out = psd.aligned_empty(weights, len(weights), weights.shape[2], width + self.biased)
