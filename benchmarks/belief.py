@@ -1,8 +1,9 @@
 """`python -m benchmarks.belief`: natural reweighted wake-sleep against the plain one.
 
-Lines of 3 × 3 pixels by their exact KL divergence, binarised digits by the importance-weighted
-log-likelihood of test images, each plain algorithm at the best of its learning rates, and what a
-natural update costs. BENCH chooses how long: `smoke`, `quick` (the default) or `full`.
+What a natural update costs and how close it is to the natural gradient, by the blocks that it
+keeps; lines of 3 × 3 pixels by their exact KL divergence; binarised digits by the
+importance-weighted log-likelihood of test images, each algorithm at the best of its settings. BENCH
+chooses how long: `smoke`, `quick` (the default) or `full`. Meant for one thread, OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,15 +24,41 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness import crowded, interleave, quartiles, write_results
-from neuromanifold.belief.datasets import binarised_digits, lines
-from neuromanifold.belief.machines import HelmholtzMachine
+from neuromanifold.belief.datasets import BinaryDigits, binarised_digits, lines
+from neuromanifold.belief.machines import HelmholtzMachine, RecognitionNetwork
+from neuromanifold.belief.networks import LayeredNetwork, SigmoidBeliefNetwork
+from neuromanifold.belief.solves import Blocks, Rows
 from neuromanifold.belief.training import ReweightedWakeSleep
 
-SAMPLES, BATCH = 10, 32
+SAMPLES, BATCH, DIGIT_BATCH = 10, 32, 128
 MODES = {
-    "smoke": {"line_steps": 70, "digit_steps": 60, "seeds": 2, "importance": 100, "rounds": 5},
-    "quick": {"line_steps": 700, "digit_steps": 2000, "seeds": 3, "importance": 1000, "rounds": 30},
-    "full": {"line_steps": 700, "digit_steps": 6000, "seeds": 5, "importance": 2000, "rounds": 100},
+    "smoke": {
+        "line_steps": 70,
+        "digit_steps": 60,
+        "seeds": 2,
+        "importance": 100,
+        "rounds": 5,
+        "accuracy_steps": 30,
+        "draws": 1,
+    },
+    "quick": {
+        "line_steps": 700,
+        "digit_steps": 300,
+        "seeds": 3,
+        "importance": 1000,
+        "rounds": 50,
+        "accuracy_steps": 150,
+        "draws": 4,
+    },
+    "full": {
+        "line_steps": 700,
+        "digit_steps": 1000,
+        "seeds": 5,
+        "importance": 2000,
+        "rounds": 200,
+        "accuracy_steps": 150,
+        "draws": 16,
+    },
 }
 COST_SIZES = (10, 10, 15, 20, 25, 30, 35, 50, 75, 100, 200, 300)
 COST_BAR = 1.5
@@ -48,6 +75,8 @@ class Way:
         lr: learning rate at first.
         damping: of natural gradients; None for plain ones.
         adam: whether plain gradients go through Adam.
+        momentum: of the directions.
+        kl_max: the longest step, in nats.
         decay: whether the rate falls linearly to 0 over the second half of the steps.
     """
 
@@ -55,6 +84,8 @@ class Way:
     lr: float
     damping: float | None = None
     adam: bool = False
+    momentum: float = 0.0
+    kl_max: float | None = None
     decay: bool = True
 
     def rate(self, step: int, steps: int) -> float:
@@ -63,7 +94,17 @@ class Way:
 
     def __str__(self) -> str:
         damping = "" if self.damping is None else f", damping {self.damping:g}"
-        return f"{self.name}, lr {self.lr:g}{damping}"
+        momentum = f", momentum {self.momentum:g}" if self.momentum else ""
+        longest = f", KL {self.kl_max:g}" if self.kl_max else ""
+        return f"{self.name}, lr {self.lr:g}{momentum}{damping}{longest}"
+
+    def optimizer(self, machine: HelmholtzMachine) -> torch.optim.Optimizer | None:
+        """What takes the directions further, if anything does."""
+        if self.adam:
+            return torch.optim.Adam(machine.parameters(), lr=self.lr)
+        if self.momentum:
+            return torch.optim.SGD(machine.parameters(), lr=self.lr, momentum=self.momentum)
+        return None
 
 
 def trained(
@@ -79,21 +120,22 @@ def trained(
     """A machine after so many steps, and the seconds that they took."""
     generator = torch.Generator().manual_seed(seed)
     machine = HelmholtzMachine(sizes, coding=coding, generator=generator)
-    adam = torch.optim.Adam(machine.parameters(), lr=way.lr) if way.adam else None
+    optimizer = way.optimizer(machine)
     training = ReweightedWakeSleep(
         machine,
-        lr=None if way.adam else partial(way.rate, steps=steps),
+        lr=None if optimizer else partial(way.rate, steps=steps),
         samples=SAMPLES,
         natural=way.damping is not None,
         damping=way.damping or 0.0,
+        kl_max=way.kl_max,
         period=period,
         generator=generator,
-        optimizer=adam,
+        optimizer=optimizer,
     )
     start = time.process_time()
     for step in range(steps):
-        if adam is not None:
-            adam.param_groups[0]["lr"] = way.rate(step, steps)
+        if optimizer is not None:
+            optimizer.param_groups[0]["lr"] = way.rate(step, steps)
         training.step(draw(generator))
     return machine, time.process_time() - start
 
@@ -104,13 +146,17 @@ def trained(
 def race_lines(mode: Mapping[str, int], status: Callable[[str], None]) -> list[dict[str, Any]]:
     """Exact KL divergence after 700 steps, over seeds, for rates of both.
 
-    The plain algorithm's rates go on until it gets worse, and both have the same schedules.
+    The plain algorithm's rates go on until it gets worse.
     """
     data = lines()
     ways = [
-        *(Way("RWS", lr, decay=d) for d in (False, True) for lr in (0.3, 1.0, 2.0, 4.0, 8.0)),
-        *(Way("natural", lr, 0.1, decay=d) for d in (False, True) for lr in (0.3, 1.0)),
-        *(Way("natural", lr, 0.2, decay=d) for d in (False, True) for lr in (1.0, 1.5)),
+        Way("RWS", 0.3, decay=False),
+        *(Way("RWS", lr) for lr in (3.0, 4.0, 6.0)),
+        Way("RWS", 1.0, momentum=0.8),
+        Way("natural", 0.3, 0.1, decay=False),
+        Way("natural", 1.0, 0.1),
+        Way("natural", 2.0, 0.02, kl_max=0.1),
+        Way("natural", 0.6, 0.05, momentum=0.5),
     ]
     rows = []
     for way in ways:
@@ -124,7 +170,7 @@ def race_lines(mode: Mapping[str, int], status: Callable[[str], None]) -> list[d
                 lambda generator: data.draw(BATCH, generator=generator),
                 steps=mode["line_steps"],
                 seed=seed,
-                period=10,
+                period=5,
             )
             with torch.no_grad():
                 found.append(float(data.kl(machine.generative.exact_log_likelihood(data.states))))
@@ -149,60 +195,79 @@ def show_lines(console: Console, rows: list[dict[str, Any]], steps: int) -> None
 # ---- binarised digits ----------------------------------------------------------------------
 
 
+@cache
+def _digits() -> BinaryDigits:
+    return binarised_digits(coding=(-1, 1), generator=torch.Generator().manual_seed(0))
+
+
+def _draw(generator: torch.Generator) -> Tensor:
+    train = _digits().train
+    return train[torch.randint(len(train), (DIGIT_BATCH,), generator=generator)]
+
+
 def race_digits(mode: Mapping[str, int], status: Callable[[str], None]) -> list[dict[str, Any]]:
     """Test log-likelihood of each at its best rate; of the natural one after half the steps too."""
-    digits = binarised_digits(coding=(-1, 1), generator=torch.Generator().manual_seed(0))
-    steps = mode["digit_steps"]
+    digits, steps = _digits(), mode["digit_steps"]
 
-    def draw(generator: torch.Generator) -> Tensor:
-        return digits.train[torch.randint(len(digits.train), (BATCH,), generator=generator)]
+    def score(machine: HelmholtzMachine, images: Tensor, samples: int) -> float:
+        generator = torch.Generator().manual_seed(1)
+        return float(machine.log_likelihood(images, samples, generator).value)
 
-    def runs(way: Way, sizes: Sequence[int], steps: int, seeds: range) -> dict[str, Any]:
-        values, seconds = [], []
-        for seed in seeds:
-            status(f"digits, {len(sizes) - 1} hidden layers: {way}, seed {seed}")
-            machine, spent = trained(way, sizes, (-1, 1), draw, steps=steps, seed=seed, period=10)
-            found = machine.log_likelihood(
-                digits.test, samples=mode["importance"], generator=torch.Generator().manual_seed(1)
-            )
-            values.append(float(found.value))
-            seconds.append(spent)
-        return {"way": str(way), "steps": steps, "log_likelihood": values, "seconds": seconds}
+    def run(
+        way: Way, sizes: Sequence[int], steps: int, seed: int
+    ) -> tuple[HelmholtzMachine, float]:
+        status(f"digits, {len(sizes) - 1} hidden layers: {way}, seed {seed}")
+        return trained(way, sizes, (-1, 1), _draw, steps=steps, seed=seed, period=3)
+
+    def judged(way: Way, sizes: Sequence[int], steps: int) -> dict[str, Any]:
+        found: dict[str, list[float]] = {"test": [], "train": [], "seconds": []}
+        for seed in range(mode["seeds"]):
+            machine, spent = run(way, sizes, steps, seed)
+            found["test"].append(score(machine, digits.test, mode["importance"]))
+            some = digits.train[: len(digits.test)]
+            found["train"].append(score(machine, some, mode["importance"] // 5))
+            found["seconds"].append(spent)
+        return {"way": str(way), "steps": steps} | found
 
     families = {
-        "RWS": [Way("RWS", lr) for lr in (0.1, 0.3, 1.0, 3.0)],
-        "RWS with Adam": [Way("RWS with Adam", lr, adam=True) for lr in (0.01, 0.03, 0.1)],
-        "natural": [Way("natural", lr, d) for lr, d in ((0.05, 0.1), (0.1, 0.1), (0.2, 0.2))],
+        "RWS": [
+            *(Way("RWS", lr) for lr in (0.7, 1.0)),
+            Way("RWS", 0.3, momentum=0.8),
+        ],
+        "RWS with Adam": [Way("RWS with Adam", lr, adam=True) for lr in (0.05, 0.065, 0.08)],
+        "natural": [
+            *(Way("natural", 0.8, damping) for damping in (0.03, 0.1)),
+            Way("natural", 0.4, 0.05, momentum=0.5),
+        ],
     }
     rows = []
     for title, sizes in DIGIT_NETS.items():
         for name, ways in families.items():
-            # Rates are chosen with a seed that is not among the judged ones.
-            scores = {
-                way: statistics.mean(runs(way, sizes, steps, range(100, 101))["log_likelihood"])
-                for way in ways
-            }
-            best = max(scores, key=scores.__getitem__)
             budgets = (steps // 2, steps) if name == "natural" else (steps,)
-            rows += [
-                {"net": title} | runs(best, sizes, budget, range(mode["seeds"]))
-                for budget in budgets
-            ]
+            # Settings are chosen with a seed that is not judged, for the first budget.
+            scores = {}
+            for way in ways:
+                machine, _ = run(way, sizes, budgets[0], 100)
+                scores[way] = score(machine, digits.test, mode["importance"] // 5)
+            best = max(scores, key=scores.__getitem__)
+            rows += [{"net": title} | judged(best, sizes, budget) for budget in budgets]
     return rows
 
 
 def show_digits(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="binarised digits: test log-likelihood, nats, mean ± standard error")
-    for column in ("net", "", "steps", "log-likelihood", "seconds"):
+    table = Table(title="binarised digits: log-likelihood, nats, mean ± standard error over seeds")
+    for column in ("net", "", "updates", "test", "train", "seconds"):
         table.add_column(column)
     for row in rows:
-        values = row["log_likelihood"]
-        stderr = statistics.stdev(values) / math.sqrt(len(values))
         table.add_row(
             row["net"],
             row["way"],
             f"{row['steps']:,}",
-            f"{statistics.mean(values):.2f} ± {stderr:.2f}",
+            *(
+                f"{statistics.mean(row[name]):.2f} ± "
+                f"{statistics.stdev(row[name]) / math.sqrt(len(row[name])):.2f}"
+                for name in ("test", "train")
+            ),
             f"{statistics.mean(row['seconds']):.1f}",
         )
     console.print(table)
@@ -211,7 +276,7 @@ def show_digits(console: Console, rows: list[dict[str, Any]]) -> None:
 # ---- cost ----------------------------------------------------------------------------------
 
 
-def cost(rounds: int, rows: int | None) -> dict[str, Any]:
+def cost(rounds: int, blocks: Blocks) -> dict[str, Any]:
     """A natural update, its share of a refresh included, in units of a plain one."""
     generator = torch.Generator().manual_seed(0)
     v = 2.0 * torch.randint(2, (BATCH, COST_SIZES[-1]), generator=generator) - 1
@@ -225,7 +290,7 @@ def cost(rounds: int, rows: int | None) -> dict[str, Any]:
             natural=natural,
             damping=0.2,
             period=PERIOD,
-            rows=rows,
+            blocks=blocks,
             generator=generator,
         )
     plain, ours = trainings[False], trainings[True]
@@ -239,15 +304,18 @@ def cost(rounds: int, rows: int | None) -> dict[str, Any]:
         "plain": partial(plain.step, v),
         "frozen": partial(update, refresh=False),
     }
-    seconds = interleave(tasks, rounds)
-    refreshing = interleave({"refresh": partial(update, refresh=True)}, max(rounds // 10, 1))
+    seconds = interleave(tasks, rounds, time.process_time)
+    refreshes = interleave(
+        {"refresh": partial(update, refresh=True)}, max(rounds // 10, 1), time.process_time
+    )
     unit = statistics.median(seconds["plain"])
-    share = (statistics.median(refreshing["refresh"]) / unit - 1) / PERIOD
+    refresh = statistics.median(refreshes["refresh"])
+    share = (refresh / unit - 1) / PERIOD
     low, middle, high = quartiles(seconds["frozen"], seconds["plain"])
     return {
-        "rows": rows or SAMPLES * BATCH,
+        "blocks": blocks,
         "plain_ms": 1e3 * unit,
-        "refresh_ms": 1e3 * statistics.median(refreshing["refresh"]),
+        "refresh_ms": 1e3 * refresh,
         "quartiles": [low + share, middle + share, high + share],
         "statistics_bytes": ours.statistics_bytes(BATCH),
     }
@@ -259,13 +327,21 @@ def show_cost(console: Console, rows: list[dict[str, Any]], *, trusted: bool) ->
         f"B={BATCH}, statistics for {PERIOD} steps; bar {COST_BAR}"
     )
     table = Table(title=title)
-    for column in ("rows", "ratio", "quartiles", "plain, ms", "refresh, ms", "statistics, MB", ""):
+    for column in (
+        "blocks",
+        "ratio",
+        "quartiles",
+        "plain, ms",
+        "refresh, ms",
+        "statistics, MB",
+        "",
+    ):
         table.add_column(column)
     for row in rows:
         low, middle, high = row["quartiles"]
         reached = "[green]reached[/]" if high <= COST_BAR else "[red]missed[/]"
         table.add_row(
-            str(row["rows"]),
+            row["blocks"],
             f"{middle:.2f}",
             f"{low:.2f} to {high:.2f}",
             f"{row['plain_ms']:.1f}",
@@ -276,14 +352,99 @@ def show_cost(console: Console, rows: list[dict[str, Any]], *, trusted: bool) ->
     console.print(table)
 
 
+# ---- blocks --------------------------------------------------------------------------------
+
+
+def accuracy(steps: int, draws: int) -> list[dict[str, Any]]:
+    """How far directions are from natural ones, by the rows that their blocks are made of.
+
+    On a machine that has learnt digits, for the gradients of a batch: `‖d − d*‖ / ‖d*‖` in the
+    metric F + α, where F and d* are of many rows. Means over layers and draws.
+    """
+    digits = _digits().train
+    generator = torch.Generator().manual_seed(0)
+    way = Way("natural", 0.1, 0.1, decay=False)
+    machine, _ = trained(
+        way, DIGIT_NETS["two hidden layers"], (-1, 1), _draw, steps=steps, seed=0, period=10
+    )
+    dampings, multiples = (0.2, 0.05), (1, 2, 4, 8, 16)
+    found: dict[tuple[float, int, str], list[float]] = {}
+    with torch.no_grad():
+        for net in (machine.generative, machine.recognition):
+            for layer in net.modelled:
+                if not net.parents[layer]:
+                    continue
+                v = digits[torch.randint(len(digits), (BATCH,), generator=generator)]
+                wake = machine.recognition.sample(v.repeat(SAMPLES, 1), generator)
+                weights = machine.log_weights(wake).view(SAMPLES, -1).softmax(0).flatten() / BATCH
+                score = net.score(wake, layer) * weights[:, None]
+                gradient = score.mT @ net.inputs(wake, layer)
+                many = _rows(net, layer, 20_000, digits, generator)
+                fisher = many.fisher()
+                for damping in dampings:
+                    best = many.solver(damping=damping).solve(gradient)
+                    length = _length(best, fisher, damping)
+                    for multiple in multiples:
+                        for _ in range(draws):
+                            num = multiple * many.inputs.shape[1]
+                            rows = _rows(net, layer, num, digits, generator)
+                            for blocks in ("exact", "shared"):
+                                solver = rows.solver(damping=damping, blocks=blocks)
+                                off = _length(solver.solve(gradient) - best, fisher, damping)
+                                found.setdefault((damping, multiple, blocks), []).append(
+                                    float(off / length)
+                                )
+    return [
+        {"damping": damping, "rows_per_input": multiple}
+        | {kind: statistics.mean(found[damping, multiple, kind]) for kind in ("exact", "shared")}
+        for damping in dampings
+        for multiple in multiples
+    ]
+
+
+def _rows(
+    net: LayeredNetwork, layer: int, num: int, data: Tensor, generator: torch.Generator
+) -> Rows:
+    """Independent rows of the distribution that a layer's Fisher matrix is an expectation over."""
+    if isinstance(net, RecognitionNetwork):
+        v = data[torch.randint(len(data), (num,), generator=generator)]
+        layers = net.sample(v, generator)
+    else:
+        assert isinstance(net, SigmoidBeliefNetwork)
+        layers = net.sample(num, generator)
+    covariance = net.units[layer].covariance(net.logits(layers, layer))
+    return Rows(net.inputs(layers, layer), covariance / num)
+
+
+def _length(direction: Tensor, fisher: Tensor, damping: float) -> Tensor:
+    inside = torch.einsum("oi,oij,oj->", direction, fisher, direction)
+    return (inside + damping * direction.square().sum()).sqrt()
+
+
+def show_accuracy(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="relative distance of directions from the natural gradient, on digits")
+    for column in ("damping", "rows per input", "exact blocks", "shared basis"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            f"{row['damping']:g}",
+            str(row["rows_per_input"]),
+            f"{row['exact']:.2f}",
+            f"{row['shared']:.2f}",
+        )
+    console.print(table)
+
+
 def main() -> None:
     """Race, time, print and store."""
     name = os.environ.get("BENCH", "quick")
     if name not in MODES:
         sys.exit(f"BENCH={name!r} is not a mode; choose one of {', '.join(MODES)}.")
     mode, busy, console = MODES[name], crowded(), Console()
-    costs = [cost(mode["rounds"], rows) for rows in (None, 128, 64)]
+    costs = [cost(mode["rounds"], blocks) for blocks in ("auto", "exact")]
     show_cost(console, costs, trusted=not busy)
+    errors = accuracy(mode["accuracy_steps"], mode["draws"])
+    show_accuracy(console, errors)
     with console.status("") as status:
         on_lines = race_lines(mode, status.update)
         on_digits = race_digits(mode, status.update)
@@ -295,6 +456,7 @@ def main() -> None:
             "mode": name,
             "crowded_at_start": busy,
             "cost": costs,
+            "accuracy": errors,
             "lines": on_lines,
             "digits": on_digits,
         },

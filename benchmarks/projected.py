@@ -1,14 +1,22 @@
 """`python -m benchmarks.projected`: K-FAC along an eighth of the directions, against all of K-FAC.
 
-For a wide MLP and a wide conv net: a training step once the schedule has settled, curvature
-included, and what the curvature keeps. Then, on the wide MLP and on CURVES, the loss that training
-ends with, and the seconds to the loss that AdamW ends with, after the same search of learning
-rates. BENCH chooses how long: `smoke`, `quick` (the default) or `full`.
+`--part` runs some of the parts; each replaces its own entry of the results, with the machine that
+it ran on.
+
+* `steps`: for a wide MLP and a wide conv net, a training step once the schedule has settled,
+  curvature included, and what the curvature keeps.
+* `digits`, `curves`: on the wide MLP and on the CURVES autoencoder, the loss that training ends
+  with, and the seconds to the loss that AdamW ends with, after the same search of learning rates.
+* `recursion`: how far an inverse that follows 20,000 measurements is off.
+
+BENCH chooses how long: `smoke`, `quick` (the default) or `full`.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import math
 import os
 import statistics
@@ -27,7 +35,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 import neuromanifold as nm
-from benchmarks.harness import crowded, interleave, write_results
+from benchmarks.harness import RESULTS, crowded, environment, interleave
 from benchmarks.training.contest import Mode, Outcome, as_data, contest, reached
 from benchmarks.training.contestants import CONTESTANTS
 from benchmarks.training.overhead import SETTLED, state_bytes
@@ -135,7 +143,7 @@ def _curvature_bytes(optimizer: Optimizer) -> int:
 
 NO_BAR = Bar(math.inf, math.inf)
 RACES: dict[str, Problem] = {
-    "wide digits": Problem(
+    "digits": Problem(
         f"digits, MLP 64-{WIDTH}-{WIDTH}-10, N=128",
         nm.Categorical(),
         functional.cross_entropy,
@@ -167,6 +175,74 @@ def ends(problem: Problem, outcomes: dict[str, Outcome]) -> list[dict[str, Any]]
         saved = reached(problem, outcome, outcomes[REFERENCE])
         rows.append({**found, "steps": saved.steps, "seconds": saved.seconds})
     return rows
+
+
+# ---- inverses that follow ------------------------------------------------------------------------
+
+FOLLOWED, BATCH = 256, 16
+"""Width of a side, and rows of a measurement: so few that the inverse follows them."""
+MEASUREMENTS = {"smoke": 400, "quick": 4_000, "full": 20_000}
+LOOKS = 20
+"""Measurements from one look at the residual to the next."""
+NEVER = nm.optim.Schedule(1, 10**9)
+"""Every step measures; after the first, none inverts."""
+RESIDUAL = 2e-3
+"""Bar."""
+
+STREAMS: dict[str, tuple[nm.optim.Schedule | None, dict[str, Any]]] = {
+    "default schedule": (None, {}),
+    "never inverted": (NEVER, {}),
+    "half of the rows, tolerance 0.1": (NEVER, {"rows": BATCH // 2, "tolerance": 0.1}),
+    "half of the rows": (NEVER, {"rows": BATCH // 2}),
+}
+"""Schedule, and options of the factor that are not the defaults."""
+
+
+def recursion(title: str, measurements: int) -> dict[str, Any]:
+    """The largest residual on a stream whose scale and eigenvalues change, and what happened.
+
+    The residual is `‖Q (M + D) v − v‖ / ‖v‖` for random v, in float64 from numbers in float32. Of
+    D there are two: the damping that each direction has, and the one that was asked for.
+    """
+    schedule, of_factor = STREAMS[title]
+    torch.manual_seed(0)
+    kept = nm.RecursiveInverse(**of_factor)
+    layer = nn.Linear(FOLLOWED - 1, 10)
+    pre = nm.optim.Preconditioner(
+        layer, nm.Categorical(), nm.Kronecker(inputs=kept), schedule=schedule
+    )
+    basis = torch.linalg.qr(torch.randn(FOLLOWED - 1, FOLLOWED - 1))[0]
+    falling = torch.exp(-torch.arange(FOLLOWED - 1) / 32)
+    worst, inversions, measured = torch.zeros(2, dtype=torch.float64), 0, 0
+    while measured < measurements:
+        scale = 1 + 0.5 * math.sin(pre.step / 300)
+        x = scale * torch.randn(BATCH, FOLLOWED - 1) * falling @ basis
+        if pre.is_due:
+            inverted = pre._inverted
+            pre.measure(x)
+            measured, inversions = measured + 1, inversions + (pre._inverted != inverted)
+            if measured % LOOKS == 0:
+                worst = torch.maximum(worst, _residuals(pre._curvature))
+        pre.advance()
+    own, asked = worst.tolist()
+    return {
+        "stream": title,
+        "measurements": measured,
+        "residual": own,
+        "residual_with_damping_asked_for": asked,
+        "inversions": inversions,
+        **pre.events,
+    }
+
+
+def _residuals(curvature: Any) -> Tensor:
+    """Largest of a few random vectors, for either damping."""
+    ((key, recursion),) = curvature._following.items()
+    moment, (inverse,) = curvature._along_directions(key)[0].double(), recursion.matrix.double()
+    v = torch.randn(len(moment), 8, dtype=torch.float64)
+    dampings = recursion.added[0].double(), recursion.damping.double()
+    images = [inverse @ (moment @ v + d[..., None] * v) for d in dampings]
+    return torch.stack([((image - v).norm(dim=0) / v.norm(dim=0)).amax() for image in images])
 
 
 # ---- printing ------------------------------------------------------------------------------------
@@ -233,24 +309,82 @@ def _over_seeds(values: list[float]) -> str:
     return f"{statistics.mean(values):.4g} ± {spread:.2g}"
 
 
+def show_recursion(rows: list[dict[str, Any]]) -> Table:
+    """Largest residuals, and how often the inverse was made anew."""
+    table = Table(
+        "stream",
+        "residual",
+        "with the damping asked for",
+        "inversions",
+        "made anew: rows",
+        "residual",
+        title=f"The inverse over {rows[0]['measurements']} measurements of {BATCH} rows, "
+        f"{FOLLOWED // 8} of {FOLLOWED} directions, float32",
+        caption=f"Bar: residual ≤ {RESIDUAL:g}, with the default tolerance.",
+    )
+    for row in rows:
+        table.add_row(
+            row["stream"],
+            f"[{'green' if row['residual'] <= RESIDUAL else 'red'}]{row['residual']:.1e}[/]",
+            f"{row['residual_with_damping_asked_for']:.1e}",
+            *(str(row[key]) for key in ("inversions", "renewed/rows", "renewed/residual")),
+        )
+    return table
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def _steps(mode: str, console: Console) -> dict[str, Any]:
+    busy = crowded()
+    rows = [row for key in WIDE for row in costs(key, PERIODS[mode])]
+    console.print(show_costs(rows, trusted=not busy))
+    return {"costs": rows}
+
+
+def _race(key: str, mode: str, console: Console) -> dict[str, Any]:
+    problem = RACES[key]
+    with console.status(problem.title) as status:
+        outcomes = race(problem, MODES[mode], status.update)
+    rows = ends(problem, outcomes)
+    console.print(show_ends(rows))
+    return {"ends": rows, "curves": as_data(outcomes)}
+
+
+def _recursion(mode: str, console: Console) -> dict[str, Any]:
+    rows = [recursion(title, MEASUREMENTS[mode]) for title in STREAMS]
+    console.print(show_recursion(rows))
+    return {"streams": rows}
+
+
+PARTS: dict[str, Callable[[str, Console], dict[str, Any]]] = {
+    "steps": _steps,
+    "digits": partial(_race, "digits"),
+    "curves": partial(_race, "curves"),
+    "recursion": _recursion,
+}
+
+
+def store(part: str, found: dict[str, Any]) -> None:
+    """Replace the entry of one part, and leave the others as they are."""
+    path = RESULTS / "projected.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content[part] = found
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
-    """Time, race, print and store."""
+    """Run the parts that are asked for, all by default; print and store."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.projected")
+    parser.add_argument("--part", choices=PARTS, action="append", help="again for each of several")
+    chosen = parser.parse_args().part or list(PARTS)
     mode = os.environ.get("BENCH", "quick")
     if mode not in MODES:
         sys.exit(f"BENCH={mode!r} is not a mode; choose one of {', '.join(MODES)}.")
-    busy, console = crowded(), Console()
-    steps = [row for key in WIDE for row in costs(key, PERIODS[mode])]
-    console.print(show_costs(steps, trusted=not busy))
-    finals, curves = [], {}
-    for key, problem in RACES.items():
-        with console.status(problem.title) as status:
-            outcomes = race(problem, MODES[mode], status.update)
-        finals += ends(problem, outcomes)
-        curves[key] = as_data(outcomes)
-    console.print(show_ends(finals))
-    found = {"mode": mode, "crowded_at_start": busy, "costs": steps, "ends": finals}
-    path = write_results("projected", {**found, "curves": curves})
-    print(f"All repeats: {path.relative_to(path.parents[2])}")
+    console = Console()
+    for part in chosen:
+        start = {"environment": environment(), "mode": mode, "crowded_at_start": crowded()}
+        store(part, {**start, **PARTS[part](mode, console)})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from neuromanifold.belief.solves import (
     DiagonalSolver,
     QRSolver,
     Rows,
+    SharedSolver,
     WoodburySolver,
 )
 from neuromanifold.errors import NotPositiveDefiniteError
@@ -73,11 +74,11 @@ def test_undamped_cholesky_is_the_inverse():
 
 
 @pytest.mark.parametrize("num", [5, 30])
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_large_damping_leaves_the_gradient(num, diagonal):
+@pytest.mark.parametrize("blocks", ["exact", "shared", "diagonal"])
+def test_large_damping_leaves_the_gradient(num, blocks):
     rows = make_rows(num, 8, 6)
     gradient = make_gradient(rows)
-    found = rows.solver(damping=1e13, diagonal=diagonal).solve(gradient)
+    found = rows.solver(damping=1e13, blocks=blocks).solve(gradient)
     torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)
 
 
@@ -92,22 +93,51 @@ def test_diagonal_is_the_inverse_of_the_diagonal():
     rows = make_rows(30, 8, 6)
     gradient = make_gradient(rows)
     diagonal = rows.fisher().diagonal(dim1=1, dim2=2)
-    found = rows.solver(damping=0.1, diagonal=True)
+    found = rows.solver(damping=0.1, blocks="diagonal")
     torch.testing.assert_close(found.solve(gradient), 1.1 * gradient / (diagonal + 0.1))
 
 
+@pytest.mark.parametrize("num", [5, 30])
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_a_shared_basis_is_exact_for_units_of_proportional_blocks(num, damping):
+    rows = make_rows(num, 8, 6)
+    shares = torch.tensor([0.1, 0.2, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
+    rows = Rows(rows.inputs, rows.curvature[:, :1] * shares[:, None, None])
+    gradient = make_gradient(rows)[:, :num] @ rows.inputs[:8]  # in the span of the rows, as always
+    solver = rows.solver(damping=damping, blocks="shared")
+    expected = dense_direction(rows, gradient, damping)
+    torch.testing.assert_close(solver.solve(gradient), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("num", [5, 30])
+def test_a_shared_basis_keeps_the_diagonal_in_the_eigenvectors_of_the_mean_block(num):
+    rows = make_rows(num, 8, 6)
+    gradient = make_gradient(rows)
+    basis = torch.linalg.eigh(rows.fisher().mean(0))[1]
+    own = torch.einsum("ij,uik,kj->uj", basis, rows.fisher(), basis)
+    expected = 1.1 * ((gradient @ basis) / (own + 0.1)) @ basis.T
+    solver = rows.solver(damping=0.1, blocks="shared")
+    torch.testing.assert_close(solver.solve(gradient), expected)
+    length = torch.einsum("ui,ij,uj,kj,uk->", expected, basis, own, basis, expected)
+    torch.testing.assert_close(solver.squared_length(gradient, expected), length)
+
+
 @pytest.mark.parametrize(
-    ("num", "damping", "diagonal", "kind"),
+    ("num", "damping", "blocks", "kind"),
     [
-        (5, 0.1, False, WoodburySolver),
-        (5, 0.0, False, QRSolver),
-        (8, 0.1, False, DenseSolver),
-        (5, 0.1, True, DiagonalSolver),
+        (5, 0.1, "exact", WoodburySolver),
+        (5, 0.0, "exact", QRSolver),
+        (8, 0.1, "exact", DenseSolver),
+        (5, 0.1, "diagonal", DiagonalSolver),
+        (5, 0.1, "shared", SharedSolver),
+        (40, 0.1, "shared", SharedSolver),
+        (31, 0.1, "auto", SharedSolver),
+        (32, 0.1, "auto", DenseSolver),
     ],
 )
-def test_the_cheapest_solver_is_chosen_and_its_memory_known(num, damping, diagonal, kind):
+def test_the_cheapest_solver_is_chosen_and_its_memory_known(num, damping, blocks, kind):
     rows = make_rows(num, 8, 6)
-    solver = rows.solver(damping=damping, diagonal=diagonal)
+    solver = rows.solver(damping=damping, blocks=blocks)
     assert isinstance(solver, kind)
     tensors = [
         value
@@ -116,7 +146,7 @@ def test_the_cheapest_solver_is_chosen_and_its_memory_known(num, damping, diagon
         and value.data_ptr() not in (rows.inputs.data_ptr(), rows.curvature.data_ptr())
     ]
     numbers = sum(tensor.numel() for tensor in tensors)
-    assert numbers == rows.size.numbers(damping=damping, diagonal=diagonal)
+    assert numbers == rows.size.numbers(damping=damping, blocks=blocks)
 
 
 def test_categorical_variables_are_solved_together():
@@ -144,21 +174,24 @@ def test_the_squared_length_needs_no_product_with_the_fisher(num):
     torch.testing.assert_close(solver.squared_length(gradient, direction), expected)
 
 
-def test_saturated_units_stay_finite():
+@pytest.mark.parametrize("blocks", ["exact", "shared"])
+def test_saturated_units_stay_finite(blocks):
     rows = make_rows(5, 8, 6)
     rows = Rows(rows.inputs, torch.zeros_like(rows.curvature))
     gradient = make_gradient(rows)
-    torch.testing.assert_close(rows.solver(damping=0.5).solve(gradient), 3 * gradient)
+    found = rows.solver(damping=0.5, blocks=blocks).solve(gradient)
+    torch.testing.assert_close(found, 3 * gradient)
 
 
 def test_singular_blocks_without_damping_are_refused():
     rows = make_rows(4, 8, 6)
     repeated = Rows(rows.inputs[[0, 1, 2, 2]], rows.curvature)
-    with pytest.raises(NotPositiveDefiniteError, match="damping > 0"):
-        repeated.solver(damping=0.0)
+    for blocks in ("exact", "shared"):
+        with pytest.raises(NotPositiveDefiniteError, match="damping > 0"):
+            repeated.solver(damping=0.0, blocks=blocks)
     with pytest.raises(NotPositiveDefiniteError, match="damping"):
         Rows(rows.inputs[:, :2] * torch.tensor([0.0, 1.0]), rows.curvature).solver(
-            damping=0.0, diagonal=True
+            damping=0.0, blocks="diagonal"
         )
 
 

@@ -118,7 +118,7 @@ def test_natural_steps_solve_with_rows_of_the_right_net(algorithm, options):
             "recognition": natural(machine.recognition, of_q, wake, 0.2),
         }
     before = snapshot(machine)
-    algorithm(machine, lr=0.5, samples=5, damping=0.2, generator=seeded(3)).step(v)
+    algorithm(machine, lr=0.5, samples=5, damping=0.2, blocks="exact", generator=seeded(3)).step(v)
     moved = changes(machine, before)
     for prefix, directions in expected.items():
         for name, direction in directions.items():
@@ -223,7 +223,10 @@ def test_resume_is_bit_exact(algorithm, how, tmp_path):
             options = {"natural": False, "optimizer": adam}
         else:
             options = {"lr": lambda step: 0.1 / (1 + step)}
-            options |= {"natural": how != "plain", "diagonal": how == "diagonal"}
+            options |= {
+                "natural": how != "plain",
+                "blocks": "diagonal" if how == "diagonal" else "auto",
+            }
         generator = seeded(seed)
         return machine, algorithm(machine, samples=3, period=4, generator=generator, **options)
 
@@ -260,6 +263,16 @@ def test_fewer_rows_are_those_of_different_data():
     training.step(v)
     rows = training.state_dict()["rows"]["recognition"]["1"]["inputs"]
     assert torch.equal(rows[:, :-1], v)
+
+
+def test_copies_of_the_data_are_rows_only_once():
+    """The layer above the visible units sees each image in all its samples alike."""
+    machine, v = make_machine(), make_batch(8)
+    training = WakeSleep(machine, lr=0.1, samples=5, generator=seeded())
+    training.step(v)
+    rows = training.state_dict()["rows"]["recognition"]
+    assert torch.equal(rows["1"]["inputs"][:, :-1], v)
+    assert len(rows["0"]["inputs"]) == 40
 
 
 def test_statistics_take_the_memory_that_was_forecast():
@@ -315,6 +328,7 @@ def test_natural_reweighted_wake_sleep_learns_lines_faster():
         ({"lr": 0.1, "samples": 1}, "at least 2"),
         ({"lr": 0.1, "rows": 0}, "at least 1"),
         ({"lr": 0.1, "damping": -1.0}, "damping must be >= 0"),
+        ({"lr": 0.1, "blocks": "dense"}, "blocks is one of"),
         ({"lr": 0.1, "natural": False, "kl_max": 0.1}, "kl_max"),
     ],
 )

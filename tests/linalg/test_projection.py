@@ -56,6 +56,39 @@ def test_the_inverse_times_the_operator_is_the_identity() -> None:
     torch.testing.assert_close(identity, torch.eye(N).expand(G, N, N), **TIGHT)
 
 
+@pytest.mark.parametrize("power", [0.5, 2.0, 5.0])
+def test_in_other_directions_it_is_the_mean_of_the_inverse(power: float) -> None:
+    n, k, damping = 400, 50, torch.tensor([1e-3])
+    others = ((torch.arange(n - k) + 0.5) / (n - k)) ** power
+    m = torch.diag_embed(torch.cat([others, torch.ones(k // 2), 2 * torch.ones(k // 2)]))[None]
+    p = Projection.of(m, k)
+    found = p.damped_inverse(damping)
+    torch.testing.assert_close(found.values, 1 / (p.values + damping), **TIGHT)
+    # The sum over others is the integral, which the power is found by, up to O(1 / n) for u^0.5.
+    expected = (1 / (others + damping)).mean()
+    torch.testing.assert_close(found.rest, expected[None], rtol=1 / n, atol=0)
+    assert (1 / (p.rest + damping) < 0.9 * expected).all()
+
+
+def test_others_that_are_equal_or_zero_are_inverted_exactly() -> None:
+    u, damping = orthonormal(k=K), torch.tensor([0.3, 1e-3])
+    for value in (0.0, 1.0):
+        rest = torch.full((G,), value)
+        p = Projection(torch.ones(G, K), u, rest)
+        torch.testing.assert_close(p.rest_of_inverse(damping), 1 / (rest + damping), **TIGHT)
+    nothing = Projection(torch.zeros(G, K), u, torch.zeros(G))
+    torch.testing.assert_close(nothing.rest_of_inverse(damping), 1 / damping, **TIGHT)
+
+
+def test_the_spread_of_others_has_their_mean() -> None:
+    n, k = 1000, 100
+    rest = torch.tensor([0.02, 0.2, 1.0, 3.0])
+    p = Projection(torch.linspace(2, 1, k).expand(4, k), torch.zeros(4, n, k), rest)
+    spread = p.spread_of_rest()
+    torch.testing.assert_close(spread.mean(dim=1), rest, rtol=2e-3, atol=0)
+    assert (spread.diff(dim=1) >= 0).all()
+
+
 def test_products_take_a_symmetric_matrix_along_the_directions() -> None:
     p = projection()
     inner = moment()[:, :K, :K]

@@ -6,7 +6,7 @@ The score of a unit has mean zero given everything but its descendants, so units
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neuromanifold._estimate import Estimate
 from neuromanifold.belief.enumeration import count_states, state_chunks
+from neuromanifold.belief.solves import Rows
 from neuromanifold.linalg import memory
 from neuromanifold.operators import BlockOperator, Coverage, CoverageEntry, Matrices, Origin
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from neuromanifold.belief.networks import LayeredNetwork, SigmoidBeliefNetwork
 
 __all__ = ["coverage", "full_fisher", "score_rows", "unit_blocks", "unit_moments", "unit_wise"]
-
-CHUNK_NUMEL = 2**22
-"""Products of pairs of inputs that are formed at a time."""
 
 
 @torch.no_grad()
@@ -36,8 +34,6 @@ def unit_moments(
     power: int = 1,
 ) -> Tensor:
     """Sum over rows of `weight · (A'' ⊗ x̃ x̃ᵀ)`, the Fisher matrix of each unit of a layer.
-
-    One product of matrices for all units: the pairs of inputs are the same for all.
 
     Args:
         net: a generative or a recognition network.
@@ -52,20 +48,10 @@ def unit_moments(
     """
     x = net.inputs(layers, layer).flatten(0, -2)  # (N, I)
     logits = net.logits(layers, layer).expand(*layers[layer].shape[:-1], -1).flatten(0, -2)
-    a = net.units[layer].covariance(logits)  # (N, B, c, c)
-    _, variables, c, _ = a.shape
-    fan_in = x.shape[-1]
-    first, second = torch.triu_indices(fan_in, fan_in, device=x.device)
-    total = x.new_zeros(variables * c * c, len(first))
-    for rows in _row_chunks(len(x), len(first)):
-        pairs = (x[rows, first] * x[rows, second]).pow_(power)
-        factor = a[rows].flatten(1).pow(power)
-        if weights is not None:
-            factor = factor * weights.flatten()[rows, None]
-        total.addmm_(factor.mT, pairs)
-    moments = x.new_empty(variables, c, c, fan_in, fan_in)
-    moments[..., first, second] = moments[..., second, first] = total.unflatten(0, (-1, c, c))
-    return moments.transpose(2, 3).reshape(variables, c * fan_in, c * fan_in)
+    curvature = net.units[layer].covariance(logits).pow(power)  # (N, B, c, c)
+    if weights is not None:
+        curvature = curvature * weights.flatten()[:, None, None, None]
+    return Rows(x.pow(power), curvature).fisher()
 
 
 def full_fisher(
@@ -215,9 +201,3 @@ def _by_enumeration(net: SigmoidBeliefNetwork) -> tuple[list[Tensor], int]:
         parts = [unit_moments(net, layers, layer, weights) for layer in net.modelled]
         totals = [a + b for a, b in zip(totals, parts, strict=True)] if totals else parts
     return totals, count_states(net, hidden)
-
-
-def _row_chunks(rows: int, width: int) -> Iterator[slice]:
-    step = max(CHUNK_NUMEL // width, 1)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)

@@ -4,12 +4,18 @@ The Fisher matrix of a directed network has one block per unit (papers.md §5.2)
 `F_u = Σ_n c_nu x̃_n x̃_nᵀ`, where the rows x̃ are shared by the units of a layer. A solver is made
 once from rows and applied in many steps. The damped direction is `(1 + α) (F + αI)⁻¹ g`: the
 natural gradient as α → 0, the plain one as α → ∞ (papers.md §5.3).
+
+Blocks are exact for the rows, or have one basis for all units of a layer, or are diagonal. Where
+rows are few for the inputs, directions of a shared basis were measured to be as close to those of
+the Fisher matrix as directions of exact blocks, or closer (`benchmarks/belief.py`): the inverse of
+a block makes most of what few rows know least.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,17 +24,27 @@ from neuromanifold.errors import NotPositiveDefiniteError
 from neuromanifold.linalg import memory, psd
 
 __all__ = [
+    "Blocks",
     "DenseSolver",
     "DiagonalSolver",
     "QRSolver",
     "Rows",
+    "SharedSolver",
     "SolverSize",
     "UnitSolver",
     "WoodburySolver",
 ]
 
-_COLUMNS = 64
+Blocks: TypeAlias = Literal["auto", "exact", "shared", "diagonal"]
+"""What is kept of the block of a unit; "auto" is "exact" from `AMPLE` rows per input on, else
+"shared"."""
+AMPLE = 4
+"""Rows per input from which on exact blocks are the better ones, as measured on digits."""
+
+_STRIP = 16
 """Columns of all Fisher blocks of a layer that are made at a time."""
+_TEMPORARY_NUMEL = 2**24
+"""Numbers of the pairs of inputs that are made at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +86,14 @@ class Rows:
 
     def fisher(self) -> Tensor:
         """The blocks, `(B, c I, c I)`, nats per parameter²."""
-        n, (variables, classes) = self.inputs.shape[1], self.curvature.shape[1:3]
+        (num, n), (variables, classes) = self.inputs.shape, self.curvature.shape[1:3]
         curvature = self.curvature.flatten(1).mT  # (B c c, N)
         blocks = self.inputs.new_empty(len(curvature), n, n)
         # All units at once are one matrix product with the pairs of inputs; pairs are symmetric,
         # so that only columns on and right of the diagonal are multiplied.
-        for start in range(0, n, _COLUMNS):
-            stop = min(start + _COLUMNS, n)
+        step = max(min(_STRIP, _TEMPORARY_NUMEL // (num * n)), 1)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
             pairs = self.inputs[:, start:stop, None] * self.inputs[:, None, start:]
             found = (curvature @ pairs.flatten(1)).unflatten(1, (stop - start, n - start))
             blocks[:, start:stop, start:] = found
@@ -91,18 +108,18 @@ class Rows:
         per_unit = self.curvature.diagonal(dim1=-2, dim2=-1).flatten(1)  # (N, O)
         return per_unit.mT @ self.inputs.square()
 
-    def solver(self, *, damping: float, diagonal: bool = False) -> UnitSolver:
-        """The cheapest solver that is exact for these rows.
+    def solver(self, *, damping: float, blocks: Blocks = "exact") -> UnitSolver:
+        """The cheapest solver for these rows.
 
         Args:
             damping: α, in nats per parameter²; 0 for the pseudo-inverse, which exists in float
                 arithmetic if the rows are linearly independent, or span all inputs.
-            diagonal: keep only the diagonal of the blocks.
+            blocks: what is kept of them; of categorical variables, all but for "diagonal".
 
         Returns:
-            Scalars for roots and for `diagonal`; with fewer rows than inputs Woodbury's identity,
-            or, undamped, a thin QR decomposition; a Cholesky decomposition otherwise, and for
-            categorical variables.
+            Scalars for roots and for "diagonal"; for exact blocks, with fewer rows than inputs
+            Woodbury's identity, or, undamped, a thin QR decomposition, and a Cholesky decomposition
+            otherwise.
 
         Raises:
             ValueError: If the damping is negative.
@@ -111,17 +128,14 @@ class Rows:
         """
         if not damping >= 0:
             raise ValueError(f"damping must be >= 0 nats/parameter², got {damping}.")
-        kind = self.size.kind(damping=damping, diagonal=diagonal)
-        if kind is QRSolver:
-            return QRSolver.of(self)
-        assert issubclass(kind, DenseSolver | WoodburySolver | DiagonalSolver)
+        kind = self.size.kind(damping=damping, blocks=blocks)
         memory.require(
             # The matrices, their factors and a copy between them.
-            3 * self.size.numbers(damping=damping, diagonal=diagonal) * self.inputs.element_size(),
+            3 * self.size.numbers(damping=damping, blocks=blocks) * self.inputs.element_size(),
             self.inputs.device,
             what=f"To solve for {self.curvature.shape[1]} variables of {self.inputs.shape[1]} "
             f"inputs",
-            instead="Draw fewer samples, or use diagonal=True.",
+            instead='Draw fewer samples, or use blocks="shared".',
         )
         return kind.of(self, damping)
 
@@ -142,15 +156,19 @@ class SolverSize:
     variables: int
     classes: int = 1
 
-    def kind(self, *, damping: float, diagonal: bool = False) -> type[UnitSolver]:
+    def kind(self, *, damping: float, blocks: Blocks = "exact") -> type[UnitSolver]:
         """Which solver `Rows.solver` takes."""
-        if diagonal or (self.inputs == 1 and self.classes == 1):
+        if blocks == "diagonal" or (self.inputs == 1 and self.classes == 1):
             return DiagonalSolver
-        if self.classes > 1 or self.rows >= self.inputs:
+        if self.classes > 1:
+            return DenseSolver
+        if blocks == "shared" or (blocks == "auto" and self.rows < AMPLE * self.inputs):
+            return SharedSolver
+        if self.rows >= self.inputs:
             return DenseSolver
         return WoodburySolver if damping else QRSolver
 
-    def numbers(self, *, damping: float, diagonal: bool = False) -> int:
+    def numbers(self, *, damping: float, blocks: Blocks = "exact") -> int:
         """How many numbers the solver keeps beyond the rows.
 
         Example:
@@ -162,13 +180,19 @@ class SolverSize:
             DenseSolver: self.variables * (self.classes * self.inputs) ** 2,
             WoodburySolver: self.variables * self.rows**2,
             QRSolver: self.rows * (self.inputs + self.rows),
-        }[self.kind(damping=damping, diagonal=diagonal)]
+            SharedSolver: min(self.rows, self.inputs) * (self.inputs + self.variables),
+        }[self.kind(damping=damping, blocks=blocks)]
 
 
 class UnitSolver(ABC):
     """The damped inverses of the blocks of one layer."""
 
     damping: float
+
+    @classmethod
+    @abstractmethod
+    def of(cls, rows: Rows, damping: float) -> UnitSolver:
+        """From rows; see `Rows.solver`."""
 
     @abstractmethod
     def solve(self, gradient: Tensor) -> Tensor:
@@ -269,8 +293,9 @@ class QRSolver(UnitSolver):
     damping: float = 0.0
 
     @classmethod
-    def of(cls, rows: Rows) -> QRSolver:
-        """From rows; see `Rows.solver`."""
+    def of(cls, rows: Rows, damping: float = 0.0) -> QRSolver:
+        """From rows, undamped; see `Rows.solver`."""
+        assert damping == 0
         basis, triangle = torch.linalg.qr(rows.inputs.mT)
         scale = triangle.diagonal().abs()
         least = len(scale) * torch.finfo(scale.dtype).eps * scale.max()
@@ -288,6 +313,53 @@ class QRSolver(UnitSolver):
         )
         back = torch.linalg.solve_triangular(self.triangle.mT, inside / self.curvature, upper=False)
         return (self.basis @ back).mT
+
+
+@dataclass(frozen=True)
+class SharedSolver(UnitSolver):
+    """One basis for all units of a layer, and each unit's own eigenvalues in it.
+
+    `F_u ≈ V diag(d_u) Vᵀ`: V are the eigenvectors of the mean block of the layer and d_u is the
+    diagonal of `Vᵀ F_u V`. No matrix of a unit is ever made, and a step is two matrix products for
+    all units. What the basis leaves out, with fewer rows than inputs, has no information.
+
+    Attributes:
+        basis: V, `(I, R)`, R the smaller one of rows and inputs.
+        scale: `(1 + α) / (d_u + α)` minus `outside`, `(O, R)`.
+        outside: factor of what the basis leaves out, `(1 + α) / α`; 0 if that is nothing, and for
+            pseudo-inverses.
+        damping: α.
+    """
+
+    basis: Tensor
+    scale: Tensor
+    outside: float
+    damping: float
+
+    @classmethod
+    def of(cls, rows: Rows, damping: float) -> SharedSolver:
+        """From rows; see `Rows.solver`."""
+        num, inputs = rows.inputs.shape
+        curvature = rows.curvature[..., 0, 0]  # (N, O)
+        weighted = curvature.mean(1, keepdim=True).sqrt() * rows.inputs
+        if num < inputs:
+            basis = torch.linalg.svd(weighted, full_matrices=False).Vh.mT.contiguous()
+        else:
+            basis = psd.eigh(weighted.mT @ weighted)[1]
+        own = curvature.mT @ (rows.inputs @ basis).square()
+        if not damping and bool((own <= inputs * torch.finfo(own.dtype).eps * own.max()).any()):
+            raise NotPositiveDefiniteError(
+                "Without damping the rows have to be linearly independent or span all inputs, and "
+                "no unit may be saturated; samples repeat, or a probability is 0 or 1. Use a "
+                "damping > 0."
+            )
+        outside = (1 + damping) / damping if damping and num < inputs else 0.0
+        return cls(basis, (1 + damping) / (own + damping) - outside, outside, damping)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """See `UnitSolver.solve`."""
+        inside = ((gradient @ self.basis) * self.scale) @ self.basis.mT
+        return inside.add_(gradient, alpha=self.outside) if self.outside else inside
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import sys
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from neuromanifold.belief.machines import HelmholtzMachine
 from neuromanifold.belief.networks import LayeredNetwork
-from neuromanifold.belief.solves import Rows, SolverSize, UnitSolver
+from neuromanifold.belief.solves import Blocks, Rows, SolverSize, UnitSolver
 
 __all__ = ["BidirectionalHelmholtz", "ReweightedWakeSleep", "WakeSleep"]
 
@@ -39,9 +39,9 @@ class Training(ABC):
     * in q, the log-probability of hidden units of the wake states, with the same weights minus
       their mean, and of the sleep states.
 
-    With `natural=True` each unit's gradient is solved for with the Fisher matrix of the unit, which
-    is all of it (papers.md §5.2): `(1 + α) (F + αI)⁻¹ g`. Expectations are over sleep states for p,
-    and over data and wake states for q.
+    With `natural=True` each unit's gradient is solved for with the Fisher matrix of the unit, since
+    units do not interact (papers.md §5.2): `(1 + α) (F + αI)⁻¹ g`. Expectations are over sleep
+    states for p, and over data and wake states for q.
 
     Args:
         machine: what is trained, in place.
@@ -51,9 +51,11 @@ class Training(ABC):
         natural: whether to take natural gradients.
         damping: α, in nats per parameter²; 0 for pseudo-inverses, which few samples do not have.
         period: steps that the statistics of natural gradients are kept for.
-        diagonal: keep only the diagonal of each unit's Fisher matrix.
-        rows: how many of a step's K N states the statistics are of; all by default. Fewer than
-            inputs make wide layers cheap, and their statistics noisy.
+        blocks: what is kept of each unit's Fisher matrix: "exact" is all of it; "shared" has one
+            basis for all units of a layer, and each unit's own eigenvalues in it; "diagonal" is its
+            diagonal. "auto" is exact from 4 rows per input on, and else shared, which is then no
+            further from the natural gradient and much cheaper.
+        rows: how many of a step's K N states the statistics are of; all by default.
         kl_max: the KL divergence that a step may change a network by, in nats, to leading order;
             longer steps are shortened, for p and q apart. For natural gradients with `lr`.
         generator: source of samples; one with a seed of its own by default.
@@ -80,7 +82,7 @@ class Training(ABC):
         natural: bool = True,
         damping: float = 0.1,
         period: int = 100,
-        diagonal: bool = False,
+        blocks: Blocks = "auto",
         rows: int | None = None,
         kl_max: float | None = None,
         generator: torch.Generator | None = None,
@@ -101,6 +103,8 @@ class Training(ABC):
                 f"{type(self).__name__} compares the samples of a row with each other: give at "
                 f"least 2, got samples={samples}."
             )
+        if blocks not in get_args(Blocks):
+            raise ValueError(f"blocks is one of {get_args(Blocks)}, got {blocks!r}.")
         if not damping >= 0:
             raise ValueError(f"damping must be >= 0 nats/parameter², got {damping}.")
         if kl_max is not None and (not kl_max > 0 or not natural or lr is None):
@@ -117,7 +121,7 @@ class Training(ABC):
         self.natural = natural
         self.damping = damping
         self.period = period
-        self.diagonal = diagonal
+        self.blocks: Blocks = blocks
         self.rows = rows
         self.kl_max = kl_max
         self.generator = generator
@@ -157,7 +161,7 @@ class Training(ABC):
         hidden: list[Tensor | None] = [None] * (len(p.sizes) - 1)
 
         tiled = v.repeat(self.samples, 1)  # sample-major, (K N, n_v)
-        wake_q = _Pass.run(q, [*hidden, tiled], num, self.generator)
+        wake_q = _Pass.run(q, [*hidden, tiled], num, self.generator, distinct=len(v))
         wake_p = _Pass.run(p, list(wake_q.layers), num)
         log_weights = (wake_p.log_prob() - wake_q.log_prob()).view(self.samples, -1)  # (K, N)
         weights = (self.power * log_weights).softmax(0)
@@ -231,7 +235,7 @@ class Training(ABC):
         return kl
 
     def _freeze(self, rows: Rows) -> _Frozen:
-        return _Frozen(rows, rows.solver(damping=self.damping, diagonal=self.diagonal))
+        return _Frozen(rows, rows.solver(damping=self.damping, blocks=self.blocks))
 
     def statistics_bytes(self, batch_size: int) -> int:
         """Memory that frozen statistics will take for batches of this size, before any is made.
@@ -239,18 +243,20 @@ class Training(ABC):
         Example:
             >>> machine = HelmholtzMachine([10, 20, 30])
             >>> WakeSleep(machine, lr=0.1).statistics_bytes(32)
-            381160
+            251852
         """
         if not self.natural:
             return 0
-        numbers, num = 0, min(self.samples * batch_size, self.rows or sys.maxsize)
+        numbers, most = 0, self.rows or sys.maxsize
         for net in self._nets.values():
             for layer in net.modelled:
+                repeats = 1 if _sees_data_alone(net, layer) else self.samples
+                num = min(repeats * batch_size, most)
                 inputs = 1 + sum(net.sizes[parent] for parent in net.parents[layer])
                 classes = net.units[layer].group(net.sizes[layer])
                 size = SolverSize(num, inputs, net.sizes[layer] // classes, classes)
                 numbers += num * (inputs + net.sizes[layer] * classes)
-                numbers += size.numbers(damping=self.damping, diagonal=self.diagonal)
+                numbers += size.numbers(damping=self.damping, blocks=self.blocks)
         return numbers * self.machine.generative.dtype.itemsize
 
     def state_dict(self) -> dict[str, Any]:
@@ -372,6 +378,8 @@ class _Pass:
     net: LayeredNetwork
     layers: list[Tensor]
     logits: dict[int, Tensor]
+    distinct: int
+    """Rows of the last layer that are not copies of earlier ones."""
 
     @classmethod
     def run(
@@ -380,6 +388,8 @@ class _Pass:
         layers: list[Tensor | None],
         num: int,
         generator: torch.Generator | None = None,
+        *,
+        distinct: int | None = None,
     ) -> _Pass:
         """Evaluate a network, drawing layers that have no values yet."""
         logits = {}
@@ -387,7 +397,8 @@ class _Pass:
             logits[layer] = net.logits(layers, layer).expand(num, -1)
             if layers[layer] is None:
                 layers[layer] = net.units[layer].sample(logits[layer], generator)
-        return cls(net, [values for values in layers if values is not None], logits)
+        found = [values for values in layers if values is not None]
+        return cls(net, found, logits, distinct or num)
 
     def log_prob(self) -> Tensor:
         """Of all layers that are modelled, nats, `(num,)`."""
@@ -404,9 +415,16 @@ class _Pass:
 
     def fisher_rows(self, layer: int, most: int | None) -> Rows:
         """Of equal weight. Samples of the same data come last, so that the first differ most."""
+        if _sees_data_alone(self.net, layer):
+            most = min(self.distinct, most or self.distinct)
         covariance = self.net.units[layer].covariance(self.logits[layer][:most])
-        inputs = self.net.inputs(self.layers, layer)[:most]
-        return Rows(inputs.contiguous(), covariance / len(covariance))
+        inputs = self.net.inputs([values[:most] for values in self.layers], layer)
+        return Rows(inputs, covariance / len(covariance))
+
+
+def _sees_data_alone(net: LayeredNetwork, layer: int) -> bool:
+    """Whether rows of a layer's statistics repeat with those of the visible values."""
+    return net.parents[layer] == (len(net.sizes) - 1,)
 
 
 def _split(net: LayeredNetwork, matrices: dict[int, Tensor]) -> list[tuple[str, Tensor]]:

@@ -192,9 +192,9 @@ def largest(
         filled += width
         known, last = basis[:filled], slice(filled - width, filled)
         along = known @ images.T
-        images = images - along.T @ known
+        images = torch.addmm(images, along.T, known, alpha=-1)
         again = known @ images.T
-        images = images - again.T @ known
+        images.addmm_(again.T, known, alpha=-1)
         along = (along + again).double()
         small[:filled, last] = along
         small[last, :filled] = along.T
@@ -227,6 +227,6 @@ def _next(rest: Tensor, known: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         noise = torch.randn(rest.shape, generator=generator, dtype=torch.float64).to(rest)
         block = torch.where(lost[:, None], noise, block)
     for _ in range(2):
-        block = block - (block @ known.T) @ known
+        block = torch.addmm(block, block @ known.T, known, alpha=-1)
         block = torch.linalg.qr(block.T)[0].T
     return block, (block @ rest.T).double()

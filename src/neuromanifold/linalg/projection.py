@@ -17,8 +17,8 @@ class Projection:
     """`U diag(s) Uᵀ + μ (1 − U Uᵀ)`, for a batch of G matrices of width n.
 
     Attributes:
-        values: s `(G, k)`; or a symmetric matrix along U `(G, k, k)` in place of `diag(s)`, which
-            only products are taken with.
+        values: s `(G, k)`, the largest first; or a symmetric matrix along U `(G, k, k)` in place of
+            `diag(s)`, which only products are taken with.
         vectors: U `(G, n, k)`, orthonormal columns.
         rest: μ `(G,)`.
     """
@@ -108,6 +108,35 @@ class Projection:
     def width(self) -> int:
         """Of each matrix."""
         return self.vectors.shape[-2]
+
+    def damped_inverse(self, damping: Tensor) -> Projection:
+        """`(M + damping)⁻¹`, with `damping` `(G,)`, of the matrix M that this stands for.
+
+        Along U it is that of the projection; in all other directions, the mean of what the inverse
+        is there. That is larger than the inverse of the mean, μ, by as much as the eigenvalues
+        spread, see `spread_of_rest`: a step by the inverse of the mean is too short in most of the
+        directions.
+        """
+        values = (self.values + damping[:, None]).reciprocal()
+        return Projection(values, self.vectors, self.rest_of_inverse(damping))
+
+    def rest_of_inverse(self, damping: Tensor) -> Tensor:
+        """Mean eigenvalue of `(M + damping)⁻¹` in the other directions, `(G,)`."""
+        return (self.spread_of_rest() + damping[:, None]).reciprocal().mean(-1)
+
+    def spread_of_rest(self) -> Tensor:
+        """Eigenvalues that M may have in the other directions, `(G, n − k)`, ascending.
+
+        They fall off to zero by the power law that has the mean μ, from the mean of the lower half
+        of the values: directions that follow a changing matrix have not all found the largest
+        eigenvalues, and the last values come out too small.
+        """
+        lower = self.values[:, self.values.shape[-1] // 2 :].mean(-1)
+        first = torch.maximum(lower, self.rest)[:, None]
+        mean = self.rest[:, None].clamp(min=torch.finfo(first.dtype).tiny)
+        places = torch.arange(self._others, dtype=first.dtype, device=first.device) + 0.5
+        # ∫ uᵖ du = 1 / (p + 1) over [0, 1]
+        return first * (places / self._others) ** (first / mean - 1).clamp(min=0)
 
     def function(self, function: psd.Function) -> Projection:
         """Of the eigenvalues."""

@@ -18,7 +18,7 @@ __all__ = ["RecursiveInverse"]
 
 
 class RecursiveInverse:
-    """`Q ≈ (M + λ)⁻¹` for `M ← α M + XᵀX`, r rows X at a time, in `O(k² r)`.
+    """`Q ≈ (M + D)⁻¹` for `M ← α M + XᵀX`, r rows X at a time, in `O(k² r)`, with D about λ.
 
     To forget old moments is to forget the damping that was added to them. A few rows more in each
     correction restore it, for c of the k directions: `√((1 − α) λ k / c) e_t`, with t going around
@@ -28,6 +28,9 @@ class RecursiveInverse:
     Args:
         moment: M to begin with, `(G, k, k)`.
         damping: λ `(G,)`.
+
+    Attributes:
+        added: the damping that each direction has now, the diagonal of D, `(G, k)`.
 
     Example:
         >>> x = torch.randn(1, 4, 3, dtype=torch.float64)
@@ -47,6 +50,7 @@ class RecursiveInverse:
     def renew(self, moment: Tensor) -> None:
         """Make the inverse from M itself."""
         self.matrix = psd.inverse(moment, self.damping[:, None])
+        self.added = self.damping[:, None].repeat(1, moment.shape[-1])
 
     def restored(self, keep: float) -> int:
         """In how many directions, c, a correction restores the damping."""
@@ -61,6 +65,7 @@ class RecursiveInverse:
             keep: α, in (0, 1].
             restore: whether the damping is restored.
         """
+        self.added = keep * self.added
         if restore:
             rows = torch.cat([rows, self._restoring(keep)], dim=1)
         old = self.matrix / keep
@@ -75,34 +80,41 @@ class RecursiveInverse:
         self.matrix = (new + new.mT) / 2
 
     def _restoring(self, keep: float) -> Tensor:
-        """Rows `(G, c, k)`."""
+        """Rows `(G, c, k)`, whose squares are added to the damping."""
         width, count = self.matrix.shape[-1], self.restored(keep)
         turns = torch.arange(self.turn, self.turn + count, device=self.damping.device) % width
         self.turn = (self.turn + count) % width
         units = torch.eye(width, dtype=self.matrix.dtype, device=self.matrix.device)[turns]
-        return ((1 - keep) * width / max(count, 1) * self.damping).sqrt()[:, None, None] * units
+        each = (1 - keep) * width / max(count, 1) * self.damping
+        self.added[:, turns] += each[:, None]
+        return each.sqrt()[:, None, None] * units
 
     def residual(self, moment: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`‖Q (M + λ) v − v‖ / ‖v‖` for a random v, `(G,)`."""
+        """`‖Q (M + D) v − v‖ / ‖v‖` for a random v, `(G,)`."""
         device = moment.device if generator is None else generator.device
         shape = (*moment.shape[:2], 1)
         v = torch.randn(shape, generator=generator, dtype=moment.dtype, device=device)
         v = v.to(moment.device)
-        image = self.matrix @ (moment @ v + self.damping[:, None, None] * v)
+        image = self.matrix @ (moment @ v + self.added[..., None] * v)
         norms = (torch.linalg.vector_norm(w.flatten(1), dim=1) for w in (image - v, v))
         above, below = norms
         return above / below
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers, by name."""
-        return {"matrix": self.matrix, "damping": self.damping, "turn": self.turn}
+        return {
+            "matrix": self.matrix,
+            "damping": self.damping,
+            "added": self.added,
+            "turn": self.turn,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> RecursiveInverse:
         """The inverse of `state_dict`."""
         found = cls.__new__(cls)
-        found.matrix, found.damping = (
-            state[name].to(device, copy=True) for name in ("matrix", "damping")
+        found.matrix, found.damping, found.added = (
+            state[name].to(device, copy=True) for name in ("matrix", "damping", "added")
         )
         found.turn = int(state["turn"])
         return found

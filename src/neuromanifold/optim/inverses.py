@@ -193,8 +193,7 @@ def _mean_eigenvalue(factor: Tensor | Projection) -> Tensor:
 def _of_factor(factor: Tensor | Projection, damping: Tensor) -> Tensor | Projection:
     """Of `(G, n, n)` or `(G, n)`, each group with its own damping."""
     if isinstance(factor, Projection):
-        values = (factor.values + damping[:, None]).reciprocal_()
-        return Projection(values, factor.vectors, (factor.rest + damping).reciprocal_())
+        return factor.damped_inverse(damping)
     if factor.ndim == 2:
         return (factor + damping[:, None]).reciprocal_()
     return psd.inverse(factor, damping[:, None])

@@ -249,10 +249,11 @@ class ProjectedCurvature(Curvature):
     def _inverse(self, key: Key) -> Projection:
         recursion, directions = self._following[key], self.structure.directions[key]
         trace = self.averages.sums[key[0]][f"{key[1]}.trace"] / self._count(key)
-        held = (directions * self._image(key)).sum(dim=(1, 2))
-        others = directions.shape[1] - directions.shape[2]
-        rest = (trace - held).clamp(min=0) / others
-        return Projection(recursion.matrix, directions, 1 / (rest + recursion.damping))
+        # As the directions were turned last, their moments take the place of eigenvalues.
+        moments = (directions * self._image(key)).sum(dim=1)
+        average = Projection.completed(moments, directions, trace)
+        rest = average.rest_of_inverse(recursion.damping)
+        return Projection(recursion.matrix, directions, rest)
 
     # ---- state -----------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from neuromanifold._extras import require_extra
@@ -65,17 +66,20 @@ def render(analyses: Sequence[Mapping[str, Any]], *, title: str) -> str:
     return fill("page.html", title=title, models=models)
 
 
-def fill(template: str, **values: Any) -> str:
+def fill(template: str, *, templates: Path | None = None, **values: Any) -> str:
     """A page from one of the templates, with the program that draws its charts.
 
     Args:
         template: its name.
+        templates: a folder with further ones, which may extend those of this package.
         **values: what it shows.
     """
     import jinja2
 
+    own = jinja2.PackageLoader("neuromanifold.report")
+    further = [] if templates is None else [jinja2.FileSystemLoader(templates)]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("neuromanifold.report"),
+        loader=jinja2.ChoiceLoader([*further, own]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

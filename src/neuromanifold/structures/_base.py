@@ -257,8 +257,9 @@ class Structure(ABC):
     def build(self, source: Source) -> FisherOperator:
         """Measure."""
 
-    part_numel: int | None = None
-    """Records are reduced in parts of about this many numbers; None if it is done at once."""
+    def part_numel(self, plan: Plan) -> int | None:
+        """About how many numbers records are reduced at a time by; None if it is done at once."""
+        return None
 
     def constant_numel(self, plan: Plan) -> int:
         """How many numbers are kept of any data; what grows with the data is not counted."""
@@ -325,7 +326,13 @@ class AdditiveStructure(Structure):
     summed and what matrix it makes. Statistics of sequences of any length keep constant memory.
     """
 
-    part_numel = RECORD_NUMEL
+    def part_numel(self, plan: Plan) -> int:
+        """In the largest part of any block."""
+        return max((self._part(block) for block in plan.blocks), default=RECORD_NUMEL)
+
+    def _part(self, block: Block) -> int:
+        """A part may take as much as the sum it is added to: many small ones make many passes."""
+        return max(RECORD_NUMEL, self.numel(block))
 
     @abstractmethod
     def statistics(self, record: Record) -> Statistics:
@@ -352,7 +359,7 @@ class AdditiveStructure(Structure):
 
     def split(self, record: Record) -> Iterator[Record]:
         """Parts of a record that are reduced one after the other."""
-        return record.split(RECORD_NUMEL, whole=self.whole_gradients)
+        return record.split(self._part(record.block), whole=self.whole_gradients)
 
     own_sweeps: ClassVar[bool] = False
     """Whether the sums run over other records than those of the estimator's sweeps."""

@@ -278,8 +278,9 @@ def costs(
         return tried(size, sweeps // 2) if loaded.sweeps > sweeps else None
 
     most = None
-    if structure.part_numel is not None:
-        most = ARRAYS * structure.part_numel * source.dtype.itemsize
+    part = structure.part_numel(loaded.plan)
+    if part is not None:
+        most = ARRAYS * part * source.dtype.itemsize
     found = Costs(source, loaded, batches, (), None, constant, most)
     started, settled = time.perf_counter(), False
     for size in _sizes(batch.num_samples):
