@@ -5,9 +5,14 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BENCH ?= quick
+# Options of `python -m benchmarks`, such as ROWS="--rows 'product*' --workload W1".
+ROWS ?=
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 DOCS_STAMP := $(VENV)/.stamp-docs
+# The libraries that we are compared with have requirements of their own, hence an environment too.
+BENCH_VENV ?= .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.stamp
 
 .PHONY: demo test lint bench docs clean
 
@@ -23,13 +28,13 @@ lint: $(STAMP)
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-bench: $(STAMP)
-	BENCH=$(BENCH) $(RUN)/python -m benchmarks
+bench: $(BENCH_STAMP)
+	BENCH=$(BENCH) $(BENCH_VENV)/bin/python -m benchmarks $(ROWS)
 
 docs: $(DOCS_STAMP)
 	$(RUN)/zensical build --strict
 
-clean:  # what the other targets left behind; the virtual environment stays
+clean:  # what the other targets left behind; virtual environments stay
 	rm -rf site report.html dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml constraints.txt
@@ -38,6 +43,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about a minute, once."
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install -q -c constraints.txt torch
+	$(BENCH_VENV)/bin/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt -e '.[demo]'
+	$(BENCH_VENV)/bin/python -m pip uninstall -q -y torchvision  # see benchmarks/requirements.txt
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)

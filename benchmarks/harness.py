@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,9 +19,11 @@ import torch
 
 __all__ = [
     "RESULTS",
+    "clock_of",
     "crowded",
     "environment",
     "interleave",
+    "limit_memory",
     "peak_memory",
     "quartiles",
     "write_results",
@@ -34,13 +37,16 @@ def interleave(
     tasks: Mapping[str, Callable[[], object]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    warm_up: int = WARM_UP_ROUNDS,
 ) -> dict[str, list[float]]:
     """Time every task once per round, in an order that changes, so that all see the same weather.
 
     Args:
         tasks: what to run, by name.
         rounds: timed calls of each task, after some untimed ones.
-        clock: wall-clock time by default; `time.process_time` counts work, whoever else computes.
+        clock: wall-clock time by default; `time.process_time` counts work, whoever else computes;
+            `clock_of(device)` waits for an accelerator.
+        warm_up: rounds before those that count.
 
     Returns:
         Seconds of each call, `rounds` per task, in order.
@@ -50,18 +56,30 @@ def interleave(
     shuffle = random.Random(0).shuffle
     gc.disable()
     try:
-        for turn in range(WARM_UP_ROUNDS + rounds):
+        for turn in range(warm_up + rounds):
             gc.collect()
             shuffle(order)
             for name in order:
                 start = clock()
                 tasks[name]()
                 elapsed = clock() - start
-                if turn >= WARM_UP_ROUNDS:
+                if turn >= warm_up:
                     seconds[name].append(elapsed)
     finally:
         gc.enable()
     return seconds
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Wall-clock time at which everything sent to a device is done."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def quartiles(seconds: list[float], unit: list[float]) -> list[float]:
@@ -94,6 +112,17 @@ def _resident(field: str) -> int:
     return 1024 * int(found[1])
 
 
+def limit_memory(share: float = 0.9) -> None:
+    """Let allocations fail that would take the process beyond a share of the machine's memory.
+
+    A library that asks for more then raises, and is shown with its error, where the kernel would
+    end the whole run. The limit counts addresses, of which a process has more than memory.
+    """
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (int(share * pages * size), hard))
+
+
 def environment() -> dict[str, Any]:
     """What a reader needs to judge the numbers: versions, processor, threads, load."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -103,6 +132,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "system": platform.system(),
         "cpu": model[1] if model else platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

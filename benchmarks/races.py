@@ -190,7 +190,7 @@ def cost(races: Races, step: Step, rounds: int) -> list[dict[str, Any]]:
         if isinstance(optimizer, nm.optim.NaturalGradient):
             for _ in range(SETTLED):
                 optimizer.preconditioner.advance()
-    seconds = interleave(tasks, rounds)
+    seconds = interleave(tasks, rounds, warm_up=1)
     unit, unit_bytes = seconds[step.unit], state_bytes(optimizers[step.unit])
     return [
         {
@@ -207,7 +207,7 @@ def cost(races: Races, step: Step, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-SPAN = 100
+SPAN = 50
 """Steps in a row: periods of our schedules, once settled, divide it."""
 
 
@@ -243,7 +243,7 @@ def main() -> None:
         races = RACES[which]
         found = stored.setdefault(which, {})
         if asked.costs:
-            rounds = {"smoke": 2, "quick": 5, "full": 11}[mode]
+            rounds = {"smoke": 2, "quick": 5, "full": 15}[mode]
             costs = [row for step in races.steps for row in cost(races, step, rounds)]
             found["costs"] = {**how, "rows": costs}
             console.print(_costs(costs, trusted=not busy))

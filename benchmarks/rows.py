@@ -1,24 +1,32 @@
-"""What is timed through the public interface, as data: one `Row` each, with a target and a check.
+"""What is timed through the public interface, as data: one `Row` for a quantity on a workload.
 
-A new measurement is a new entry of `ROWS`; a new network is a new entry of `WORKLOADS`.
+A new measurement is a new entry of `ROWS`; what it should give is an entry of `QUANTITIES`, and a
+new network one of `WORKLOADS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import neuromanifold as nm
-from benchmarks.reference import Reference, check_close
-from benchmarks.workloads import Batch
+from benchmarks import floors
+from benchmarks.workloads import DAMPING, Batch, direction
+from neuromanifold.operators import BlockOperator
+from neuromanifold.structures import Structure
+from neuromanifold.structures.kronecker import KroneckerMatrix
 
-__all__ = ["LIKELIHOOD", "ROWS", "Row"]
+__all__ = ["CALLS", "LIKELIHOOD", "ROWS", "Prepare", "Row"]
 
 LIKELIHOOD = nm.Categorical()
+
+Prepare = Callable[[Batch, torch.Generator], Callable[[], Any]]
+"""Set-up that is not timed; it returns the timed call. Labels are drawn with the generator."""
 
 
 @dataclass(frozen=True)
@@ -27,97 +35,232 @@ class Row:
 
     Attributes:
         workload: key of `WORKLOADS`.
-        quantity: what is computed, for a reader.
-        target: upper bar, in forward and backward passes.
-        prepare: untimed set-up, which returns the timed call. Labels are drawn with the generator.
-        check: raises AssertionError unless the call's first answer agrees with the reference.
+        quantity: key of `QUANTITIES`.
+        prepare: makes the timed call.
+        target: upper bar, in forward and backward passes; None if there is none.
+        floor: the least number of operations that the quantity takes; None where most of them are
+            iterations or decompositions, whose number is not known beforehand.
     """
 
     workload: str
     quantity: str
-    target: float
-    prepare: Callable[[Batch, torch.Generator], Callable[[], Any]]
-    check: Callable[[Any, Reference], None]
+    prepare: Prepare
+    target: float | None = None
+    floor: floors.Floor | None = None
 
 
-def fisher(
-    batch: Batch, structure: nm.structures.Structure, generator: torch.Generator
-) -> nm.FisherOperator:
-    """The Fisher of one sampled label per position."""
-    return nm.fisher(batch.model, LIKELIHOOD, batch.inputs, structure, generator=generator)
+def measured(
+    structure: Structure, *, exact: bool = False
+) -> Callable[[Batch, torch.Generator], nm.FisherOperator]:
+    """The Fisher matrix of a batch: of one sampled label per position, or of all."""
+
+    def fisher(batch: Batch, generator: torch.Generator) -> nm.FisherOperator:
+        estimator = nm.Exact() if exact else nm.MonteCarlo(1)
+        return nm.fisher(
+            batch.model,
+            LIKELIHOOD,
+            batch.inputs,
+            structure,
+            estimator=estimator,
+            generator=generator,
+        )
+
+    return fisher
 
 
-# --- diagonal ------------------------------------------------------------------------------------
+# --- diagonals and structures of units ---------------------------------------------------------
 
 
-def diagonal(batch: Batch, generator: torch.Generator) -> Callable[[], nm.FisherOperator]:
-    return lambda: fisher(batch, nm.Diagonal(), generator)
+def diagonal(batch: Batch, generator: torch.Generator, *, exact: bool = False) -> Any:
+    return lambda: measured(nm.Diagonal(), exact=exact)(batch, generator).diagonal()
 
 
-def check_diagonal(F: nm.FisherOperator, reference: Reference) -> None:
-    answer = F.diagonal()
-    for name, gradients in reference.gradients.items():
-        check_close(answer[name], gradients.square().mean(0), terms=reference.num_samples)
+def measurement(structure: Structure) -> Prepare:
+    """Time to measure; a product with it is taken for the check."""
+
+    def prepare(batch: Batch, generator: torch.Generator) -> Callable[[], Any]:
+        def run() -> Callable[[], Tensor]:
+            F = measured(structure)(batch, generator)
+            return lambda: F @ direction(batch)
+
+        return run
+
+    return prepare
 
 
-# --- Kronecker factors ---------------------------------------------------------------------------
+# --- products ----------------------------------------------------------------------------------
 
 
-def kronecker(batch: Batch, generator: torch.Generator) -> Callable[[], nm.FisherOperator]:
-    return lambda: fisher(batch, nm.Kronecker(), generator)
+def first_product(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
+    v = direction(batch)
+    return lambda: measured(nm.Implicit(), exact=True)(batch, generator) @ v
 
 
-def check_kronecker(F: nm.FisherOperator, reference: Reference) -> None:
-    """For Linear layers with one position: G V A, with A of the inputs and G of the gradients."""
-    num_samples = reference.num_samples
-    v = {name: torch.randn(g.shape[1:]) for name, g in reference.gradients.items()}
-    answer = F @ v
-    for layer, inputs in reference.inputs.items():
-        weight, bias = f"{layer}.weight", f"{layer}.bias"
-        a = torch.cat([inputs, torch.ones(num_samples, 1)], dim=1)
-        g = reference.gradients[bias]  # of a single position: the gradient at the output
-        matrix = torch.cat([v[weight], v[bias][:, None]], dim=1).double()
-        product = (g.mT @ (g @ matrix @ a.mT) @ a) / num_samples**2
-        check_close(answer[weight], product[:, :-1], terms=num_samples)
-        check_close(answer[bias], product[:, -1], terms=num_samples)
+def repeated_product(
+    batch: Batch, generator: torch.Generator, *, structure: Structure, exact: bool
+) -> Callable[[], Tensor]:
+    F, v = measured(structure, exact=exact)(batch, generator), direction(batch)
+    return lambda: F @ v
 
 
-# --- Gram ----------------------------------------------------------------------------------------
+# --- Kronecker factors -------------------------------------------------------------------------
+
+
+def kronecker(batch: Batch, generator: torch.Generator) -> Callable[[], Any]:
+    def run() -> Callable[[], Any]:
+        F = measured(nm.Kronecker())(batch, generator)
+        return partial(factors, F)
+
+    return run
+
+
+def factors(F: nm.FisherOperator) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and G of every layer that has both as whole matrices."""
+    assert isinstance(F, BlockOperator)
+    return {
+        matrix.block.name: (matrix.inputs[0], matrix.outputs[0])
+        for matrix in F.blocks
+        if isinstance(matrix, KroneckerMatrix) and matrix.inputs.ndim == matrix.outputs.ndim == 3
+    }
+
+
+def kronecker_solve(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
+    F, v = measured(nm.Kronecker())(batch, generator), direction(batch)
+    # A multiple is a new operator, whose eigenvectors nobody has computed yet.
+    return lambda: (1.0 * F).solve(v, damping=DAMPING)
+
+
+# --- sample space, spectra and solves ----------------------------------------------------------
 
 
 def gram_spectrum(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
-    return lambda: fisher(batch, nm.Gram(), generator).eigenvalues()
+    return lambda: measured(nm.Gram())(batch, generator).eigenvalues()
 
 
-def check_spectrum(eigenvalues: Tensor, reference: Reference) -> None:
-    rows = reference.rows()
-    exact = torch.linalg.eigvalsh(rows @ rows.mT / reference.num_samples).flip(0)
-    check_close(eigenvalues, exact, terms=reference.num_samples)
+def gram_matrix(batch: Batch, generator: torch.Generator) -> Callable[[], Any]:
+    def run() -> Callable[[], Tensor]:
+        F = measured(nm.Gram())(batch, generator)
+        assert isinstance(F, nm.structures.gram.GramOperator)
+        gram = F.gram
+        return lambda: gram * F.num_samples
+
+    return run
 
 
-@dataclass(frozen=True)
-class Product:
-    """A vector and its product with a Fisher matrix, both flat."""
+def largest(batch: Batch, _: torch.Generator) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        F = nm.spectral.operator(batch.model, LIKELIHOOD, batch.inputs)
+        return nm.spectral.extremes(F, 10, tol=1e-3).values
 
-    v: Tensor
-    product: Tensor
-
-
-def gram_product(batch: Batch, generator: torch.Generator) -> Callable[[], Product]:
-    F = fisher(batch, nm.Gram(), generator)
-    v = torch.randn(F.num_parameters)
-    return lambda: Product(v, F @ v)
+    return run
 
 
-def check_product(answer: Product, reference: Reference) -> None:
-    rows = reference.rows()
-    expected = rows.mT @ (rows @ answer.v.double()) / reference.num_samples
-    check_close(answer.product, expected, terms=reference.num_samples)
+def first_solve(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
+    v = direction(batch)
+    return lambda: measured(nm.Gram())(batch, generator).solve(v, damping=DAMPING)
+
+
+def exact_solve(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
+    v = direction(batch)
+
+    def run() -> Tensor:
+        F = measured(nm.Implicit(), exact=True)(batch, generator)
+        return nm.linalg.krylov.conjugate_gradients(
+            lambda x: F @ x + DAMPING * x, v, steps=SOLVE_STEPS
+        )
+
+    return run
+
+
+SOLVE_STEPS = 12
+"""The fewest even number with a residual below 1e-3 on W1: 4e-4."""
+
+
+def further_solve(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
+    F, v = measured(nm.Gram())(batch, generator), direction(batch)
+    F.solve(v, damping=DAMPING)
+    return lambda: F.solve(v, damping=DAMPING)
+
+
+ONE_PERCENT = 0.0196
+"""Half the width of a 95% interval whose standard error is one percent."""
+
+
+def trace(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        found = nm.estimate(
+            batch.model, LIKELIHOOD, batch.inputs, "trace", rtol=ONE_PERCENT, generator=generator
+        )
+        assert isinstance(found.value, Tensor)
+        return found.value
+
+    return run
+
+
+# --- the rows ----------------------------------------------------------------------------------
+
+BY_SAMPLES = partial(repeated_product, structure=nm.Gram(), exact=False)
+BY_MODEL = partial(repeated_product, structure=nm.Implicit(), exact=True)
+
+
+def _everywhere(
+    quantity: str,
+    prepare: Callable[..., Callable[[], Any]],
+    floor: floors.Floor,
+    *targets: float | None,
+) -> list[Row]:
+    """On W1, W2, ..., with their targets."""
+    return [
+        Row(f"W{i}", quantity, prepare, target, floor) for i, target in enumerate(targets, start=1)
+    ]
 
 
 ROWS = [
-    Row("W1", "diagonal", 1.25, diagonal, check_diagonal),
-    Row("W1", "Kronecker factors", 1.75, kronecker, check_kronecker),
-    Row("W1", "Gram spectrum, all 512 eigenvalues", 2.5, gram_spectrum, check_spectrum),
-    Row("W1", "Gram product, repeated", 0.95, gram_product, check_product),
+    *_everywhere("diagonal", diagonal, floors.diagonal, 1.2, 1.9, 1.25, 1.8),
+    *_everywhere("product, first", first_product, floors.first_product, 1.8, 1.65, 1.9, 1.65),
+    *_everywhere("product, repeated", BY_MODEL, floors.product, 1.15, 1.3, 1.2, 1.3),
+    *_everywhere("product, records kept", BY_SAMPLES, floors.kept_product, 0.85, 1.0, 0.9, 1.1),
+    *_everywhere("Kronecker factors", kronecker, floors.kronecker, 1.6, 2.5, 1.55, None),
+    *_everywhere(
+        "diagonal, exact", partial(diagonal, exact=True), floors.exact_diagonal, None, None
+    ),
+    *_everywhere("quasi-diagonal", measurement(nm.QuasiDiagonal()), floors.diagonal, None, None),
+    Row("W1", "Kronecker solve", kronecker_solve),
+    Row("W2", "Kronecker solve", kronecker_solve),
+    Row("W1", "EK-FAC fit", measurement(nm.EigenKronecker())),
+    Row("W2", "EK-FAC fit", measurement(nm.EigenKronecker())),
+    Row("W1", "mean-field", measurement(nm.MeanField())),
+    Row("W2", "unit-wise", measurement(nm.UnitWise())),
+    Row("W1", "Gram spectrum, all eigenvalues", gram_spectrum, 2.2),
+    Row("W1", "Gram matrix, NTK", gram_matrix, None, floors.gram),
+    Row("W1", "top-10 eigenvalues", largest),
+    Row("W1", "damped solve, first", first_solve, 4.0),
+    Row("W1", "damped solve, further", further_solve, 2.0),
+    Row("W1", "damped solve, exact Fisher", exact_solve),
+    Row("W2", "trace, 1 %", trace),
 ]
+"""With the targets that were set before any of this was measured."""
+
+CALLS = {
+    "diagonal": "nm.fisher(model, likelihood, x, nm.Diagonal())",
+    "product, first": "nm.fisher(model, likelihood, x, nm.Implicit(), estimator=nm.Exact()) @ v",
+    "product, repeated": "F @ v",
+    "product, records kept": "F = nm.fisher(model, likelihood, x, nm.Gram()); F @ v",
+    "Kronecker factors": "nm.fisher(model, likelihood, x, nm.Kronecker())",
+    "diagonal, exact": "nm.fisher(model, likelihood, x, nm.Diagonal(), estimator=nm.Exact())",
+    "quasi-diagonal": "nm.fisher(model, likelihood, x, nm.QuasiDiagonal())",
+    "Kronecker solve": "nm.fisher(model, likelihood, x, nm.Kronecker()).solve(v, damping=0.01)",
+    "EK-FAC fit": "nm.fisher(model, likelihood, x, nm.EigenKronecker())",
+    "mean-field": "nm.fisher(model, likelihood, x, nm.MeanField())",
+    "unit-wise": "nm.fisher(model, likelihood, x, nm.UnitWise())",
+    "Gram spectrum, all eigenvalues": "nm.fisher(model, likelihood, x, nm.Gram()).eigenvalues()",
+    "Gram matrix, NTK": "nm.fisher(model, likelihood, x, nm.Gram()).gram",
+    "top-10 eigenvalues": "nm.spectral.extremes(nm.spectral.operator(model, likelihood, x), 10)",
+    "damped solve, first": "nm.fisher(model, likelihood, x, nm.Gram()).solve(v, damping=0.01)",
+    "damped solve, further": "F.solve(v, damping=0.01)",
+    "damped solve, exact Fisher": "F = nm.fisher(model, likelihood, x, nm.Implicit(), "
+    "estimator=nm.Exact()); "
+    "nm.linalg.krylov.conjugate_gradients(lambda x: F @ x + 0.01 * x, v, steps=12)",
+    "trace, 1 %": 'nm.estimate(model, likelihood, x, "trace", rtol=0.0196)',
+}
+"""How a user asks for each quantity."""

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["WORKLOADS", "Batch", "Workload", "forward_backward"]
+__all__ = ["DAMPING", "WORKLOADS", "Batch", "Workload", "direction", "forward_backward"]
+
+DAMPING = 1e-2
+"""Of every damped solve, in nats/parameter²."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class Batch:
         """A copy in float64, for checks."""
         inputs = self.inputs.double() if self.inputs.is_floating_point() else self.inputs
         return Batch(copy.deepcopy(self.model).double(), inputs, self.targets)
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same on a device; the model itself moves."""
+        return Batch(self.model.to(device), self.inputs.to(device), self.targets.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.inputs.device
 
 
 @dataclass(frozen=True)
@@ -128,11 +140,57 @@ def gpt() -> Batch:
     return Batch(model, text[:, :-1], text[:, 1:])
 
 
+class Residual(nn.Module):
+    """Two 3×3 convolutions with batch norm, added to the input; a 1×1 one where shapes differ."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or channels != out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, channels, H, W) to (N, out, H / stride, W / stride)."""
+        return functional.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18() -> Batch:
+    """ResNet-18 as for CIFAR: no pooling, and no stride in the first layer (arXiv 1512.03385)."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+    ]
+    channels = 64
+    for out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [Residual(channels, out, stride), Residual(out, out, 1)]
+        channels = out
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return Batch(model.eval(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))
+
+
 WORKLOADS = {
     "W1": Workload("MLP 784-512-512-10, N=512", mlp),
     "W2": Workload("conv net 3×32×32 → 32-64-128, N=128", convnet),
     "W3": Workload("GPT 4 layers, width 128, T=64, N=16", gpt),
+    "W4": Workload("ResNet-18 for 32×32, N=32, batch norm as in evaluation", resnet18),
 }
+
+
+def direction(batch: Batch) -> Tensor:
+    """A vector to multiply or solve for, flat (P,), the same for everyone."""
+    num_parameters = sum(p.numel() for p in batch.model.parameters())
+    v = torch.randn(num_parameters, generator=torch.Generator().manual_seed(1))
+    return v.to(batch.device)
 
 
 def forward_backward(batch: Batch) -> None:

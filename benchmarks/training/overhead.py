@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 import neuromanifold as nm
-from benchmarks.harness import crowded, interleave, quartiles, write_results
+from benchmarks.harness import clock_of, crowded, interleave, quartiles, write_results
 from benchmarks.training.contestants import CONTESTANTS, REFERENCE
 from benchmarks.workloads import WORKLOADS, Batch
 
@@ -49,13 +49,27 @@ class Stateful(Protocol):
         """Tensors in a tree."""
 
 
-def measure(workload: str, rounds: int) -> list[dict[str, Any]]:
-    """Time and memory of every optimizer on one workload."""
+def measure(
+    workload: str,
+    rounds: int,
+    names: Sequence[str] = NAMES,
+    others: Mapping[str, Callable[[], object]] | None = None,
+    device: str | torch.device = "cpu",
+) -> list[dict[str, Any]]:
+    """Time and memory of every optimizer on one workload.
+
+    Args:
+        workload: key of `WORKLOADS`.
+        rounds: steps of each that count.
+        names: of contestants, with the unit.
+        others: steps of other optimizers, by name; their memory is not known.
+        device: where it is done.
+    """
     torch.manual_seed(0)
-    batch = WORKLOADS[workload].build()
-    names = [name for name in NAMES if name not in MATRICES_ONLY.get(workload, ())]
+    batch = WORKLOADS[workload].build().to(device)
+    names = [name for name in names if name not in MATRICES_ONLY.get(workload, ())]
     optimizers = {}
-    tasks: dict[str, Callable[[], object]] = {}
+    tasks: dict[str, Callable[[], object]] = dict(others or {})
     for name in names:
         model = copy.deepcopy(batch.model).train()
         own = CONTESTANTS[name].build(model, LIKELIHOOD, 1e-5)  # weights stay where they are
@@ -66,7 +80,7 @@ def measure(workload: str, rounds: int) -> list[dict[str, Any]]:
             if isinstance(optimizer, nm.optim.NaturalGradient):
                 for _ in range(SETTLED):
                     optimizer.preconditioner.advance()
-    seconds = interleave(tasks, rounds)
+    seconds = interleave(tasks, rounds, clock_of(batch.device))
     unit, unit_bytes = seconds[REFERENCE], state_bytes(optimizers[REFERENCE])
     return [
         {
@@ -74,10 +88,10 @@ def measure(workload: str, rounds: int) -> list[dict[str, Any]]:
             "optimizer": name,
             "quartiles": quartiles(seconds[name], unit),
             "mean": statistics.mean(seconds[name]) / statistics.mean(unit),
-            "memory": state_bytes(optimizers[name]) / unit_bytes,
+            "memory": state_bytes(optimizers[name]) / unit_bytes if name in optimizers else None,
             "seconds": seconds[name],
         }
-        for name in names
+        for name in tasks
     ]
 
 
@@ -145,7 +159,7 @@ def main() -> None:
         sys.exit(f"BENCH={mode!r} is not a mode; choose one of {', '.join(ROUNDS)}.")
     busy = crowded()
     results = []
-    for workload in WORKLOADS:
+    for workload in BARS:
         results += measure(workload, ROUNDS[mode])
     show(results, trusted=not busy)
     path = write_results(
