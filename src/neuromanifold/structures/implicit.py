@@ -130,13 +130,15 @@ class ImplicitOperator(FisherOperator):
         else:
             alone = source.data.num_batches == 1
             product = partial(_first_order_product, kept=self._kept if alone else None)
-        total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        total: Tensor | None = None
         for batch in source.data:
             check_devices(batch, self.device)
             pulled = product(source, batch, params, tangents, generator)
-            for name, s in self.layout.slices.items():
-                total[:, s] += pulled[name].reshape(len(total), -1)
-        return total / self._normaliser
+            pieces = [pulled[name].reshape(len(rows), -1) for name in self.layout.names]
+            found = torch.cat(pieces, dim=1).to(rows.dtype)
+            total = found if total is None else total.add_(found)
+        assert total is not None  # data without a batch were refused when they were measured
+        return total.div_(self._normaliser)
 
     def _diagonal(self) -> Tensor:
         again = replace(self._source, generator=self._fresh(), progress=None)
@@ -214,6 +216,8 @@ def _first_order_product(
                 generator.set_state(before)  # the same labels
             v = {name: value[i] for name, value in tangents.items()}
             pulled.append(_alone(of_params, params, v, linear, at_outputs))
+    if num_vectors == 1:
+        return {name: value[None] for name, value in pulled[0].items()}
     return {name: torch.stack([found[name] for found in pulled]) for name in params}
 
 
