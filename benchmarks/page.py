@@ -117,7 +117,7 @@ def _section(quantity: str, results: Sequence[Result]) -> dict[str, Any]:
         "title": quantity[0].upper() + quantity[1:],
         "says": says,
         "advice": Markup("<code>{}</code>").format(CALLS[quantity]),
-        "reading": "Light bars: peers. Thick ticks: targets. Thin ticks: floors by operations.",
+        "reading": "Thick ticks: targets. Thin ticks: floors by operations.",
         "chart": charts.ratios(bars, says),
         "table": _table(results),
     }
@@ -156,7 +156,7 @@ def _steps(results: Sequence[Result]) -> dict[str, Any]:
         "title": "Training steps",
         "says": says,
         "advice": "The unit is a step of fused AdamW, not forward and backward.",
-        "reading": "Light bars: others. Thick ticks: targets.",
+        "reading": "Thick ticks: targets.",
         "chart": charts.ratios([charts.bar_of_step(result) for result in timed], says),
         "table": {"caption": "Steps", "head": head, "rows": rows, "num_names": 3},
     }
