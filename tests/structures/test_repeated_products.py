@@ -24,7 +24,7 @@ class Net(nn.Module):
         self.body = nn.Sequential(nn.Linear(WIDTH, 300), nn.Tanh(), nn.Linear(300, 3))
         self.idle = nn.Linear(2, 2)
         self.scale: Tensor
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) * self.scale
@@ -77,7 +77,11 @@ def in_inputs(model: Net, x: Tensor) -> None:
     x[0] += 1
 
 
-@pytest.mark.parametrize("change", [in_data, in_buffer, in_inputs])
+def in_a_module(model: Net, x: Tensor) -> None:
+    model.body[1] = nn.Sigmoid()
+
+
+@pytest.mark.parametrize("change", [in_data, in_buffer, in_inputs, in_a_module])
 def test_a_change_is_seen(change: Callable[[Net, Tensor], None]) -> None:
     model, x = Net(), torch.randn(N, WIDTH)
     F = measured(model, x, nm.Implicit())

@@ -151,23 +151,24 @@ class _Kept:
     def __init__(self) -> None:
         self._products = 0
         self._state: list[Tensor] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
         self._linear: Linearisation | None = None
 
     def linear(
         self, model: nn.Module, batch: Batch, make: Callable[[], Linearisation]
     ) -> Linearisation | None:
         """What is kept; None for the first product, and for the first after a change."""
-        state = [
-            leaf
-            for leaf in tree_leaves((dict(model.state_dict(keep_vars=True)), batch.inputs))
-            if isinstance(leaf, Tensor)
-        ]
-        if self._linear is not None and not _same(state, self._state):
+        leaves = [*model.parameters(), *model.buffers(), *tree_leaves(batch.inputs)]
+        state = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        modes = [(module, module.training) for module in model.modules()]
+        changed = modes != self._modes or not _same(state, self._state)
+        if self._linear is not None and changed:
             self._linear, self._products = None, 0
         self._products += 1
         if self._products > 1 and self._linear is None:
             self._linear = make()
             self._state = [leaf.detach().clone() for leaf in state]
+            self._modes = modes
         return self._linear
 
 
