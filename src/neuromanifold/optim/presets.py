@@ -182,9 +182,9 @@ def projected_kfac(
 ) -> NaturalGradient:
     """`kfac` along some directions of each factor, for wide layers: a fraction of time and memory.
 
-    Each factor keeps its largest eigenvalues; in all other directions its damped inverse is the mean
-    of what it would be there.
-    A side is kept whole, as `kfac` does, where its directions would be half its width or more.
+    Each factor keeps its largest eigenvalues; in all other directions its damped inverse is the
+    mean of what it would be there. A side is kept whole, as `kfac` does, where its directions would
+    be half its width or more.
 
     Args:
         model: that is trained.
