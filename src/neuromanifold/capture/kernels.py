@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuromanifold.capture.plain import PlainAttention
+
 __all__ = ["differentiable_twice", "plain_gradients", "plain_lookups"]
 
 
@@ -27,6 +29,7 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
     try:
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            PlainAttention(),
             warnings.catch_warnings(),
         ):
             # A loop where an operator cannot be batched is slower, not wrong.

@@ -1,23 +1,27 @@
-"""Functions that torch cannot differentiate twice in forward mode, by plain arithmetic."""
+"""Functions whose derivatives torch lacks, or takes long for, by plain arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["PlainFunctions"]
+__all__ = ["PlainAttention", "PlainFunctions"]
+
+Functions = Mapping[Callable[..., Any], Callable[..., Any]]
 
 
-class PlainFunctions(TorchFunctionMode):
-    """Norms and activations by plain arithmetic, where torch has no second forward derivative.
+class _Replacing(TorchFunctionMode):
+    """Calls of some functions of torch go to others."""
 
-    That of its norms takes the statistics of their inputs for constants, and is wrong without a
-    word; that of some activations is missing.
-    """
+    def __init__(self, functions: Functions) -> None:
+        super().__init__()
+        self._functions = functions
 
     def __torch_function__(
         self,
@@ -27,7 +31,52 @@ class PlainFunctions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """A call of one of them, or of another function."""
-        return PLAIN.get(function, function)(*args, **(kwargs or {}))
+        return self._functions.get(function, function)(*args, **(kwargs or {}))
+
+
+class PlainFunctions(_Replacing):
+    """Norms and activations by plain arithmetic, where torch has no second forward derivative.
+
+    That of its norms takes the statistics of their inputs for constants, and is wrong without a
+    word; that of some activations is missing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(TWICE)
+
+
+class PlainAttention(_Replacing):
+    """Attention by plain arithmetic.
+
+    The softmax of torch's own mathematics kernel looks for rows without any key; in forward mode
+    it was seen to take longer than all products of a layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({F.scaled_dot_product_attention: _attention})
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is not None or dropout_p or enable_gqa:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query * scale) @ key.mT
+    if is_causal:  # every query has a key: its own position, or the first
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores.softmax(-1) @ value
 
 
 def _layer_norm(
@@ -86,7 +135,7 @@ def _glu(x: Tensor, dim: int = -1) -> Tensor:
     return values * gates.sigmoid()
 
 
-PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
+TWICE: Functions = {
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
     F.silu: _silu,

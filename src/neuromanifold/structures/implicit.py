@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
@@ -205,12 +204,10 @@ def _first_order_product(
                 return _together(of_params, params, tangents, at_outputs)
             except RuntimeError:  # plain autograd takes some of what torch.func does not
                 generator.set_state(before)
-        linear = None
-        if not _convolves(model):
-            make = partial(Linearisation, of_params, params)
-            linear = None if kept is None else kept.linear(model, batch, make)
-            if linear is None and num_vectors > 1:
-                linear = make()
+        make = partial(Linearisation, of_params, params)
+        linear = None if kept is None else kept.linear(model, batch, make)
+        if linear is None and num_vectors > 1:
+            linear = make()
         pulled = []
         for i in range(num_vectors):
             if i > 0 and before is not None:
@@ -233,9 +230,10 @@ def _alone(
     if linear is None:
         try:
             outputs, pushed, pull = pushed_once(of_params, params, v)
-            return pull(at_outputs(outputs, pushed[None])[0])
-        except (NotImplementedError, CheckpointError):  # no forward mode
+        except (RuntimeError, CheckpointError):  # plain autograd takes more models
             linear = Linearisation(of_params, params)
+        else:
+            return pull(at_outputs(outputs, pushed[None])[0])
     return linear.pull(at_outputs(linear.outputs, linear.push(v)[None])[0])
 
 
@@ -264,11 +262,6 @@ def _light(batch: Batch, params: Params) -> bool:
         if isinstance(leaf, Tensor) and leaf.ndim
     ]
     return max(rows, default=1) * sum(value.numel() for value in params.values()) <= LIGHT
-
-
-def _convolves(model: nn.Module) -> bool:
-    """Whether it has convolutions, whose second reverse mode is slower than another pass."""
-    return any(isinstance(module, _ConvNd) for module in model.modules())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,371 @@
+# ruff: noqa: A002 -- arguments are called as torch calls them
+"""Functions whose derivative is kept as a linear map, for products that repeat.
+
+Reverse mode gives a map's transpose, and the derivative of that in the cotangent is the map itself.
+Torch finds the latter by a general second derivative: of convolutions it also computes what nobody
+asked for, and of the others more than the few passes that the map takes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from neuromanifold.errors import CaptureError
+
+__all__ = ["LinearMaps"]
+
+aten = torch.ops.aten
+Tangent = Tensor | None
+"""None is zero, or not wanted."""
+
+
+class LinearMaps(TorchFunctionMode):
+    """Within it, common layers and activations leave their derivative as a linear map."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """A call of one of them, or of another function."""
+        kwargs = kwargs or {}
+        linearise = MAPS.get(function)
+        if linearise is not None and torch.is_grad_enabled():
+            found = linearise(*args, **kwargs)
+            if found is not None:
+                return found
+        return function(*args, **kwargs)
+
+
+class _Map(ABC):
+    """The derivative of a function at a point.
+
+    Args:
+        kept: tensors that the derivative depends on.
+    """
+
+    def __init__(self, *kept: Tensor | None) -> None:
+        self._kept = [(tensor, tensor._version) for tensor in kept if tensor is not None]
+
+    @abstractmethod
+    def push(self, *tangents: Tangent) -> Tensor:
+        """Along tangents of the arguments; at least one of them is given."""
+
+    @abstractmethod
+    def pull(self, g: Tensor, wanted: Sequence[bool]) -> tuple[Tangent, ...]:
+        """The transpose at a cotangent, for the arguments that are wanted."""
+
+    def require_unchanged(self) -> None:
+        """Refuse what has been overwritten since, as torch's own functions do."""
+        if any(tensor._version != version for tensor, version in self._kept):
+            raise CaptureError(
+                "An input of a layer was changed in place after the layer had used it, so its "
+                "gradient cannot be formed (a backward pass fails too). Make that operation "
+                "out-of-place."
+            )
+
+
+class _Value(torch.autograd.Function):
+    """A value, whose derivative is a map."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Callable[[], Tensor], linear: _Map, *_: Tensor | None) -> Tensor:
+        ctx.linear = linear
+        found = value()
+        # Of views, autograd refuses changes in place.
+        return found if found._base is None else found.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tangent, ...]:
+        ctx.linear.require_unchanged()
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *_Pull.apply(ctx.linear, wanted, g)  # type: ignore[no-untyped-call]
+
+
+class _Pull(torch.autograd.Function):
+    """The transpose of a map, whose own transpose is the map."""
+
+    @staticmethod
+    def forward(ctx: Any, linear: _Map, wanted: Sequence[bool], g: Tensor) -> tuple[Tangent, ...]:
+        ctx.linear = linear
+        ctx.set_materialize_grads(False)
+        return linear.pull(g, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tangent) -> tuple[Tangent, ...]:
+        if all(tangent is None for tangent in tangents):
+            return None, None, None
+        return None, None, ctx.linear.push(*tangents)
+
+
+def _mapped(value: Callable[[], Tensor], linear: _Map, *arguments: Tensor | None) -> Tensor:
+    """A value of some arguments, with its derivative."""
+    found: Tensor = _Value.apply(value, linear, *arguments)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether x is computed with as it is, which autocast would not do."""
+    return x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)
+
+
+# --- linear layers -----------------------------------------------------------------------------
+
+
+class _Affine(_Map):
+    """Of `x Wᵀ + b`, `x (*, I)`."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        super().__init__(x, weight)
+        self._x, self._weight = x.detach(), weight.detach()
+
+    def push(self, *tangents: Tangent) -> Tensor:
+        x, weight, bias = tangents
+        if weight is None and x is not None:
+            return F.linear(x, self._weight, bias)
+        weight = torch.zeros_like(self._weight) if weight is None else weight
+        y = F.linear(self._x, weight, bias)
+        if x is not None:
+            y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), self._weight.T)
+        return y
+
+    def pull(self, g: Tensor, wanted: Sequence[bool]) -> tuple[Tangent, ...]:
+        rows = g.reshape(-1, g.shape[-1])
+        return (
+            g @ self._weight if wanted[0] else None,
+            rows.T @ self._x.reshape(-1, self._x.shape[-1]) if wanted[1] else None,
+            rows.sum(dim=0) if wanted[2] else None,
+        )
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if not _plain(input):
+        return None
+    linear = _Affine(input, weight)
+    return _mapped(lambda: F.linear(input, weight, bias), linear, input, weight, bias)
+
+
+class _Convolution(_Map):
+    """Of a convolution, transposed or not."""
+
+    def __init__(self, x: Tensor, weight: Tensor, options: Sequence[Any]) -> None:
+        super().__init__(x, weight)
+        self._x, self._weight, self._options = x.detach(), weight.detach(), options
+
+    def push(self, *tangents: Tangent) -> Tensor:
+        x, weight, bias = tangents
+        if weight is None and x is not None:
+            return self._at(x, self._weight, bias)
+        weight = torch.zeros_like(self._weight) if weight is None else weight
+        y = self._at(self._x, weight, bias)
+        if x is not None:
+            y += self._at(x, self._weight, None)
+        return y
+
+    def _at(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found: Tensor = aten.convolution(x, weight, bias, *self._options)
+        return found
+
+    def pull(self, g: Tensor, wanted: Sequence[bool]) -> tuple[Tangent, ...]:
+        transposed, groups = self._options[3], self._options[5]
+        units = self._weight.shape[1] * groups if transposed else len(self._weight)
+        found = aten.convolution_backward(
+            g, self._x, self._weight, [units], *self._options, list(wanted)
+        )
+        return tuple(found)
+
+
+def _convolution(num_axes: int, transposed: bool) -> Callable[..., Tensor | None]:
+    def convolve(
+        x: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any]
+    ) -> Tensor | None:
+        if not _plain(x) or x.ndim != num_axes + 2:
+            return None
+        listed = [_each(option, num_axes) for option in options[:4]]
+        if any(option is None for option in listed):
+            return None
+        stride, padding, dilation, output_padding = listed
+        arguments = (stride, padding, dilation, transposed, output_padding, options[4])
+        return _mapped(
+            lambda: aten.convolution(x, weight, bias, *arguments),
+            _Convolution(x, weight, arguments),
+            x,
+            weight,
+            bias,
+        )
+
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        return convolve(input, weight, bias, (stride, padding, dilation, 0, groups))
+
+    def backward(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor | None:
+        return convolve(input, weight, bias, (stride, padding, dilation, output_padding, groups))
+
+    return backward if transposed else forward
+
+
+def _each(option: Any, num_axes: int) -> list[int] | None:
+    """An option for each axis; None if it is given by a word."""
+    if isinstance(option, str):
+        return None
+    return [option] * num_axes if isinstance(option, int) else list(option)
+
+
+# --- norms and activations ---------------------------------------------------------------------
+
+
+class _Norm(_Map):
+    """Of `w x̂ + b`, where the derivative of x̂ in x is symmetric."""
+
+    def __init__(
+        self,
+        standardised: Tensor,
+        weight: Tensor | None,
+        axes: list[int],
+        symmetric: Callable[[Tensor], Tensor],
+        *kept: Tensor | None,
+    ) -> None:
+        super().__init__(weight, *kept)
+        self._standardised, self._axes, self._symmetric = standardised, axes, symmetric
+        self._shape = [1 if axis in axes else size for axis, size in enumerate(standardised.shape)]
+        self._weight = None if weight is None else weight.detach().view(self._shape)
+
+    def push(self, *tangents: Tangent) -> Tensor:
+        x, weight, bias = tangents
+        y = torch.zeros_like(self._standardised) if x is None else self._symmetric(x)
+        if self._weight is not None:
+            y *= self._weight
+        if weight is not None:
+            y.addcmul_(weight.view(self._shape), self._standardised)
+        if bias is not None:
+            y += bias.view(self._shape)
+        return y
+
+    def pull(self, g: Tensor, wanted: Sequence[bool]) -> tuple[Tangent, ...]:
+        scaled = g if self._weight is None else g * self._weight
+        return (
+            self._symmetric(scaled) if wanted[0] else None,
+            (g * self._standardised).sum(self._axes) if wanted[1] else None,
+            g.sum(self._axes) if wanted[2] else None,
+        )
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not _plain(input) or (weight is not None and weight.dtype != input.dtype):
+        return None
+    shape, x = list(normalized_shape), input.detach()
+    with torch.no_grad():
+        value, mean, rstd = aten.native_layer_norm(x, shape, weight, bias, eps)
+
+    def symmetric(v: Tensor) -> Tensor:
+        found: Tensor = aten.native_layer_norm_backward(
+            v.contiguous(), x, shape, mean, rstd, None, None, [True, False, False]
+        )[0]
+        return found
+
+    axes = list(range(x.ndim - len(shape)))
+    linear = _Norm((x - mean) * rstd, weight, axes, symmetric, x)
+    return _mapped(lambda: value, linear, input, weight, bias)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,  # noqa: ARG001 -- running statistics are used, not updated
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if training or not _plain(input) or running_mean is None or running_var is None:
+        return None
+    axes = [axis for axis in range(input.ndim) if axis != 1]
+    shape = [1 if axis in axes else size for axis, size in enumerate(input.shape)]
+    with torch.no_grad():
+        rstd = (running_var + eps).rsqrt().view(shape)
+        standardised = (input - running_mean.view(shape)) * rstd
+
+    def value() -> Tensor:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+
+    linear = _Norm(standardised, weight, axes, lambda v: v * rstd)
+    return _mapped(value, linear, input, weight, bias)
+
+
+class _Scaling(_Map):
+    """Of a function of each entry, by its slope."""
+
+    def __init__(self, slope: Tensor) -> None:
+        super().__init__()
+        self._slope = slope
+
+    def push(self, *tangents: Tangent) -> Tensor:
+        (x,) = tangents
+        assert x is not None
+        return x * self._slope
+
+    def pull(self, g: Tensor, _: Sequence[bool]) -> tuple[Tangent, ...]:
+        return (g * self._slope,)
+
+
+def _gelu(input: Tensor, *, approximate: str = "none") -> Tensor | None:
+    if not _plain(input):
+        return None
+    one = torch.ones_like(input)
+    linear = _Scaling(aten.gelu_backward(one, input.detach(), approximate=approximate))
+    return _mapped(lambda: F.gelu(input, approximate=approximate), linear, input)
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Tensor | None:
+    if inplace or not _plain(input):
+        return None
+    linear = _Scaling(aten.silu_backward(torch.ones_like(input), input.detach()))
+    return _mapped(lambda: F.silu(input), linear, input)
+
+
+MAPS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    F.conv1d: _convolution(1, transposed=False),
+    F.conv2d: _convolution(2, transposed=False),
+    F.conv3d: _convolution(3, transposed=False),
+    F.conv_transpose1d: _convolution(1, transposed=True),
+    F.conv_transpose2d: _convolution(2, transposed=True),
+    F.conv_transpose3d: _convolution(3, transposed=True),
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.gelu: _gelu,
+    F.silu: _silu,
+}
+"""What stands in for a function; it gives None for arguments that it leaves to torch."""
