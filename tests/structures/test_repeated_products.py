@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import neuromanifold as nm
+from neuromanifold.errors import NonFiniteError
 
 N, WIDTH = 40, 400  # large enough for vectors to go one by one
 RTOL = 1e-10
@@ -39,7 +40,7 @@ class ConvNet(nn.Module):
         return self.head(torch.tanh(self.conv(x.reshape(N, 1, 20, 20))).flatten(1))
 
 
-def measured(model: nn.Module, x: Tensor, structure: nm.structures.Structure) -> nm.FisherOperator:
+def measured(model: nn.Module, x: object, structure: nm.structures.Structure) -> nm.FisherOperator:
     return nm.fisher(
         model,
         nm.Categorical(),
@@ -96,3 +97,35 @@ def test_a_change_is_seen(change: Callable[[Net, Tensor], None]) -> None:
     for found in after:
         assert (found - after[0]).norm() <= RTOL * found.norm()
         assert (found - before).norm() > 1e-3 * found.norm()
+
+
+class Counting(Net):
+    """Notes how many rows it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        return super().forward(x)
+
+
+def test_measuring_runs_a_few_samples_and_the_first_product_counts_all() -> None:
+    model, batches = Counting(), [(torch.randn(N, WIDTH), None) for _ in range(3)]
+    F = measured(model, batches, nm.Implicit())
+    assert max(model.rows) < N
+    model.rows.clear()
+    F @ torch.ones(F.num_parameters)
+    assert F.num_samples == measured(Net(), batches, nm.Implicit()).num_samples == 3 * N
+    assert model.rows == [N] * 3
+
+
+def test_outputs_that_are_not_finite_are_found_by_the_first_product() -> None:
+    x = torch.randn(N, WIDTH)
+    x[-1, 0] = torch.nan
+    F = measured(Net(), x, nm.Implicit())
+    with pytest.raises(NonFiniteError, match=f"1 of {N} samples"):
+        F @ torch.ones(F.num_parameters)
+    with pytest.raises(NonFiniteError, match=f"1 of {N} samples"):
+        _ = F.num_samples

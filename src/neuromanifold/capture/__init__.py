@@ -9,6 +9,7 @@ from neuromanifold.capture.data import (
     logits_of,
 )
 from neuromanifold.capture.generic import (
+    FEW,
     buffers_kept,
     functional_model,
     require_function,
@@ -20,6 +21,7 @@ from neuromanifold.capture.units import ACTIVATIONS, UnitTape, function_name
 
 __all__ = [
     "ACTIVATIONS",
+    "FEW",
     "Batch",
     "Data",
     "Forward",

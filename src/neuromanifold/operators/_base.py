@@ -77,9 +77,18 @@ class FisherOperator(ABC):
     ) -> None:
         self.layout = layout
         self.coverage = coverage
-        self.origin = origin
+        self._origin = origin
         self.dtype = dtype
         self.device = device
+
+    @property
+    def origin(self) -> Origin:
+        """Where the matrix comes from."""
+        return self._origin
+
+    @origin.setter
+    def origin(self, origin: Origin) -> None:
+        self._origin = origin
 
     # ---- what an operator writes -----------------------------------------------------------
 

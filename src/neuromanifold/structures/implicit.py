@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from neuromanifold._typing import Params
 from neuromanifold.capture import (
+    FEW,
     Batch,
     Tape,
     check_devices,
@@ -27,11 +28,17 @@ from neuromanifold.capture import (
 from neuromanifold.capture.curvature import OfParams
 from neuromanifold.errors import UnsupportedError
 from neuromanifold.estimators import Hessian
-from neuromanifold.operators import FisherOperator
+from neuromanifold.operators import FisherOperator, Origin
 from neuromanifold.structures._base import Source, Structure, unsupported_reducer
 from neuromanifold.structures.diagonal import Diagonal
 from neuromanifold.structures.linearisation import Linearisation, pushed_once
-from neuromanifold.structures.second_order import INSTEAD, NOTE, of_model, second_order_product
+from neuromanifold.structures.second_order import (
+    INSTEAD,
+    NOTE,
+    Targets,
+    of_model,
+    second_order_product,
+)
 
 __all__ = ["Implicit", "ImplicitOperator"]
 
@@ -50,6 +57,9 @@ class Implicit(Structure):
     The operator keeps the model and the data; it sees the parameters as they are when a product is
     taken. Sampled labels are the same in every product.
 
+    To measure is to run a few samples, which tell whether products are possible. The first product
+    (or `F.num_samples`) sees all of the data, so what is wrong with the others is found then.
+
     Args:
         keep: let products that repeat, with data of one batch and parameters that have not changed,
             keep what a forward and a backward pass leave in memory, so that the model does not run
@@ -66,7 +76,7 @@ class Implicit(Structure):
     keep: bool = True
 
     def build(self, source: Source) -> ImplicitOperator:
-        """Check that data and model can be used again, count samples, and fix the randomness."""
+        """Check that data and model can be used again, and fix the randomness."""
         if source.reducer is not None:
             raise unsupported_reducer("Implicit()")
         source.require_repeatable("Implicit()")
@@ -76,25 +86,37 @@ class Implicit(Structure):
                 f"{source.estimator!r} for other samples. Use shuffle=False, or nm.Exact()."
             )
         fresh = source.frozen_randomness()
-        instead = "Measure with nm.Gram(), which needs one pass only."
-        if isinstance(source.estimator, Hessian):
-            instead = f"Or {INSTEAD}, with nm.Gram(), which needs one pass only."
-        with Tape(source.plan, source.forward, source.likelihood.canonical) as tape:
-            for done, batch in enumerate(source.data, start=1):
-                outputs, _ = source.outputs(tape, batch)
-                if done == 1:
-                    canonical = source.likelihood.canonical
-                    require_function(
-                        source.plan,
-                        source.forward,
-                        canonical,
-                        batch,
-                        outputs,
-                        instead=instead,
-                    )
-                if source.progress is not None:
-                    source.progress(done, source.data.num_batches)
-        return ImplicitOperator(self, source, fresh)
+        _require_products(source)
+        return ImplicitOperator(self, replace(source, progress=None), fresh)
+
+
+def _require_products(source: Source) -> None:
+    """Try a few samples."""
+    first, _ = source.data.peek()
+    with contextlib.suppress(Exception):  # the model may insist on the size of the batch
+        _require_function(source, first.samples(0, _few(first)))
+        return
+    _require_function(source, first)
+
+
+def _few(batch: Batch) -> int:
+    """How many samples: of texts, each token tells as much as a sample elsewhere."""
+    lengths = [
+        leaf.shape[1]
+        for leaf in tree_leaves(batch.inputs)
+        if isinstance(leaf, Tensor) and leaf.ndim == 2 and not leaf.is_floating_point()
+    ]
+    return max(FEW // max(lengths, default=1), 2)
+
+
+def _require_function(source: Source, batch: Batch) -> None:
+    canonical = source.likelihood.canonical
+    instead = "Measure with nm.Gram(), which needs one pass only."
+    if isinstance(source.estimator, Hessian):
+        instead = f"Or {INSTEAD}, with nm.Gram(), which needs one pass only."
+    with Tape(source.plan, source.forward, canonical) as tape:
+        outputs, _ = source.outputs(tape, batch)
+        require_function(source.plan, source.forward, canonical, batch, outputs, instead=instead)
 
 
 class ImplicitOperator(FisherOperator):
@@ -104,6 +126,7 @@ class ImplicitOperator(FisherOperator):
         self, structure: Implicit, source: Source, fresh: Callable[[], torch.Generator]
     ) -> None:
         second_order = isinstance(source.estimator, Hessian)
+        self._counted = False
         super().__init__(
             source.plan.layout,
             source.coverage(lambda _: ("Implicit", True, "")),
@@ -113,11 +136,31 @@ class ImplicitOperator(FisherOperator):
         )
         self._source = source
         self._fresh = fresh
-        self._normaliser = source.normaliser
         self._kept = _Kept() if structure.keep else None
 
+    @property
+    def origin(self) -> Origin:
+        """Where the matrix comes from; the samples are counted if nobody has yet."""
+        if not self._counted:
+            source = self._start_count()
+            with torch.no_grad():
+                for batch in source.data:
+                    outputs = of_model(source, batch)({})
+                    source.count(outputs, source.targets(outputs, batch))
+            self._counted = True
+        return replace(self._origin, num_samples=self._source.num_samples)
+
+    @origin.setter
+    def origin(self, origin: Origin) -> None:
+        self._origin = origin
+
+    def _start_count(self) -> Source:
+        self._source.num_samples = self._source.num_positions = 0
+        return self._source
+
     def _matmat(self, rows: Tensor) -> Tensor:
-        source, generator = self._source, self._fresh()
+        generator = self._fresh()
+        source = self._source if self._counted else self._start_count()
         parameters = dict(source.plan.model.named_parameters())
         params = {name: parameters[name].detach() for name in self.layout.names}
         tangents = {
@@ -132,12 +175,26 @@ class ImplicitOperator(FisherOperator):
         total: Tensor | None = None
         for batch in source.data:
             check_devices(batch, self.device)
-            pulled = product(source, batch, params, tangents, generator)
+            pulled = product(source, batch, self._targets(batch), params, tangents, generator)
             pieces = [pulled[name].reshape(len(rows), -1) for name in self.layout.names]
             found = torch.cat(pieces, dim=1).to(rows.dtype)
             total = found if total is None else total.add_(found)
         assert total is not None  # data without a batch were refused when they were measured
-        return total.div_(self._normaliser)
+        self._counted = True
+        return total.div_(source.normaliser)
+
+    def _targets(self, batch: Batch) -> Targets:
+        counted = self._counted
+
+        def targets(outputs: Tensor) -> Tensor | None:
+            nonlocal counted
+            found = self._source.targets(outputs, batch)
+            if not counted:
+                self._source.count(outputs, found)
+                counted = True
+            return found
+
+        return targets
 
     def _diagonal(self) -> Tensor:
         again = replace(self._source, generator=self._fresh(), progress=None)
@@ -178,6 +235,7 @@ def _same(some: list[Tensor], others: list[Tensor]) -> bool:
 def _first_order_product(
     source: Source,
     batch: Batch,
+    targets: Targets,
     params: Params,
     tangents: Params,
     generator: torch.Generator,
@@ -192,7 +250,7 @@ def _first_order_product(
         product = source.estimator.output_product(
             source.likelihood,
             outputs,
-            source.targets(outputs, batch),
+            targets(outputs),
             pushed,
             generator=generator,
         )

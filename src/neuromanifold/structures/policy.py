@@ -270,7 +270,7 @@ class _Mixed(Structure):
         ):
             one.plan = _restricted(source.plan, names)
             parts.append(structure.build(one))
-            source.num_samples, source.num_positions = one.num_samples, one.num_positions
+        source.num_samples = parts[-1].num_samples
         return direct_sum(parts, source.plan.layout, source.origin(self))
 
     def constant_numel(self, plan: Plan) -> int:

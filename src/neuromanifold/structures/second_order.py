@@ -49,6 +49,7 @@ __all__ = [
     "INSTEAD",
     "NOTE",
     "Labelled",
+    "Targets",
     "of_model",
     "second_order_blocks",
     "second_order_matrix",
@@ -57,6 +58,10 @@ __all__ = [
 
 INSTEAD = "use nm.MonteCarlo(), which is made of first derivatives"
 NOTE = "made of second derivatives: the Fisher matrix on average over labels, maybe indefinite"
+
+
+Targets = Callable[[Tensor], Tensor | None]
+"""A batch's targets, given the outputs for it."""
 
 
 @dataclass(frozen=True)
@@ -225,15 +230,20 @@ def _labelled_batches(source: Source) -> Iterator[Labelled]:
 
 
 def second_order_product(
-    source: Source, batch: Batch, params: Params, tangents: Params, generator: torch.Generator
+    source: Source,
+    batch: Batch,
+    targets: Targets,
+    params: Params,
+    tangents: Params,
+    generator: torch.Generator,
 ) -> Params:
     """Second derivatives of the surprise of a batch's labels times R vectors."""
     estimator, of_params = source.estimator, of_model(source, batch)
     assert isinstance(estimator, Hessian)
     with twice(source.plan.model, params, INSTEAD):
         outputs = of_params(params)
-        targets = source.targets(outputs, batch)
-        surprise = estimator.surprise(source.likelihood, outputs, targets, generator=generator)
+        likelihood = source.likelihood
+        surprise = estimator.surprise(likelihood, outputs, targets(outputs), generator=generator)
         return products(lambda moved: surprise(of_params(moved)).sum(), params, tangents)
 
 
