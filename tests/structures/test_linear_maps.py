@@ -139,8 +139,6 @@ def test_overwritten_inputs_are_refused_by_every_product() -> None:
     F = measured(model, torch.randn(5, 3), nm.Implicit())
     v = torch.ones(F.num_parameters)
     model.overwriting = True
-    with pytest.raises(RuntimeError, match="inplace"):
-        F @ v
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(CaptureError, match="changed in place"):
             F @ v

@@ -288,10 +288,9 @@ def _alone(
     if linear is None:
         try:
             outputs, pushed, pull = pushed_once(of_params, params, v)
-        except (RuntimeError, CheckpointError):  # plain autograd takes more models
-            linear = Linearisation(of_params, params)
-        else:
             return pull(at_outputs(outputs, pushed[None])[0])
+        except (NotImplementedError, CheckpointError):  # no forward mode
+            linear = Linearisation(of_params, params)
     return linear.pull(at_outputs(linear.outputs, linear.push(v)[None])[0])
 
 

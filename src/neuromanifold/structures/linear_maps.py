@@ -3,13 +3,14 @@
 
 Reverse mode gives a map's transpose, and the derivative of that in the cotangent is the map itself.
 Torch finds the latter by a general second derivative: of convolutions it also computes what nobody
-asked for, and of the others more than the few passes that the map takes.
+asked for, and of the others more than the few passes that the map takes. In forward mode it
+multiplies inputs by zero that have no tangent, in the first layer of a model.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +20,25 @@ from torch.overrides import TorchFunctionMode
 
 from neuromanifold.errors import CaptureError
 
-__all__ = ["LinearMaps"]
+__all__ = ["ALL", "LINEAR_LAYERS", "LinearMaps"]
 
 aten = torch.ops.aten
+Functions = Mapping[Callable[..., Any], Callable[..., Tensor | None]]
+"""What stands in for a function; it gives None for arguments that it leaves to torch."""
 Tangent = Tensor | None
 """None is zero, or not wanted."""
 
 
 class LinearMaps(TorchFunctionMode):
-    """Within it, common layers and activations leave their derivative as a linear map."""
+    """Within it, functions leave their derivative as a linear map.
+
+    Args:
+        functions: which of them.
+    """
+
+    def __init__(self, functions: Functions) -> None:
+        super().__init__()
+        self._functions = functions
 
     def __torch_function__(
         self,
@@ -38,7 +49,7 @@ class LinearMaps(TorchFunctionMode):
     ) -> Any:
         """A call of one of them, or of another function."""
         kwargs = kwargs or {}
-        linearise = MAPS.get(function)
+        linearise = self._functions.get(function)
         if linearise is not None and torch.is_grad_enabled():
             found = linearise(*args, **kwargs)
             if found is not None:
@@ -80,15 +91,20 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Callable[[], Tensor], linear: _Map, *_: Tensor | None) -> Tensor:
         ctx.linear = linear
-        found = value()
-        # Of views, autograd refuses changes in place.
-        return found if found._base is None else found.clone()
+        ctx.set_materialize_grads(False)
+        return value()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tangent, ...]:
+    def backward(ctx: Any, g: Tangent) -> tuple[Tangent, ...]:
         ctx.linear.require_unchanged()
         wanted = ctx.needs_input_grad[2:]
         return None, None, *_Pull.apply(ctx.linear, wanted, g)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tangent) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = ctx.linear.push(*tangents[2:])
+        return found
 
 
 class _Pull(torch.autograd.Function):
@@ -131,9 +147,8 @@ class _Affine(_Map):
     def push(self, *tangents: Tangent) -> Tensor:
         x, weight, bias = tangents
         if weight is None and x is not None:
-            return F.linear(x, self._weight, bias)
-        weight = torch.zeros_like(self._weight) if weight is None else weight
-        y = F.linear(self._x, weight, bias)
+            return _affine(x, self._weight, bias)
+        y = _affine(self._x, torch.zeros_like(self._weight) if weight is None else weight, bias)
         if x is not None:
             y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), self._weight.T)
         return y
@@ -147,11 +162,22 @@ class _Affine(_Map):
         )
 
 
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x Wᵀ + b` as a tensor of its own: of views, autograd refuses changes in place."""
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, len(weight))
+    if bias is None:
+        torch.mm(rows, weight.T, out=out)
+    else:
+        torch.addmm(bias, rows, weight.T, out=out)
+    return y
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if not _plain(input):
         return None
     linear = _Affine(input, weight)
-    return _mapped(lambda: F.linear(input, weight, bias), linear, input, weight, bias)
+    return _mapped(lambda: _affine(input, weight, bias), linear, input, weight, bias)
 
 
 class _Convolution(_Map):
@@ -285,8 +311,8 @@ def _layer_norm(
     if not _plain(input) or (weight is not None and weight.dtype != input.dtype):
         return None
     shape, x = list(normalized_shape), input.detach()
-    with torch.no_grad():
-        value, mean, rstd = aten.native_layer_norm(x, shape, weight, bias, eps)
+    affine = (None if w is None else w.detach() for w in (weight, bias))
+    value, mean, rstd = aten.native_layer_norm(x, shape, *affine, eps)
 
     def symmetric(v: Tensor) -> Tensor:
         found: Tensor = aten.native_layer_norm_backward(
@@ -315,7 +341,7 @@ def _batch_norm(
     shape = [1 if axis in axes else size for axis, size in enumerate(input.shape)]
     with torch.no_grad():
         rstd = (running_var + eps).rsqrt().view(shape)
-        standardised = (input - running_mean.view(shape)) * rstd
+        standardised = (input.detach() - running_mean.view(shape)) * rstd
 
     def value() -> Tensor:
         return F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
@@ -355,7 +381,7 @@ def _silu(input: Tensor, inplace: bool = False) -> Tensor | None:
     return _mapped(lambda: F.silu(input), linear, input)
 
 
-MAPS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+LINEAR_LAYERS: Functions = {
     F.linear: _linear,
     F.conv1d: _convolution(1, transposed=False),
     F.conv2d: _convolution(2, transposed=False),
@@ -363,9 +389,13 @@ MAPS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.conv_transpose1d: _convolution(1, transposed=True),
     F.conv_transpose2d: _convolution(2, transposed=True),
     F.conv_transpose3d: _convolution(3, transposed=True),
+}
+
+ALL: Functions = {
+    **LINEAR_LAYERS,
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.gelu: _gelu,
     F.silu: _silu,
 }
-"""What stands in for a function; it gives None for arguments that it leaves to torch."""
+"""The others compute beforehand what a map needs, which pays where it is used again."""

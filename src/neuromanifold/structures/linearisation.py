@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import vjp
 
 from neuromanifold._typing import Params
 from neuromanifold.capture.curvature import OfParams
-from neuromanifold.structures.linear_maps import LinearMaps
+from neuromanifold.structures.linear_maps import ALL, LINEAR_LAYERS, LinearMaps
 
 __all__ = ["Linearisation", "pushed_once"]
 
@@ -28,7 +27,7 @@ class Linearisation:
 
     def __init__(self, of_params: OfParams, params: Params) -> None:
         self._leaves = _leaves(params)
-        with torch.enable_grad(), LinearMaps():
+        with torch.enable_grad(), LinearMaps(ALL):
             self._outputs = of_params(self._leaves)
             self._cotangent = torch.zeros_like(self._outputs, requires_grad=True)
             pulled = _pull(self._outputs, self._leaves, self._cotangent, create_graph=True)
@@ -38,12 +37,12 @@ class Linearisation:
     def push(self, v: Params) -> Tensor:
         """`J v`, like the outputs."""
         values, directions = list(self._pulled.values()), [v[name] for name in self._pulled]
-        with LinearMaps():  # for layers that run again, where the model keeps checkpoints
+        with LinearMaps(ALL):  # for layers that run again, where the model keeps checkpoints
             return torch.autograd.grad(values, self._cotangent, directions, retain_graph=True)[0]
 
     def pull(self, u: Tensor) -> Params:
         """`Jᵀ u`, by name."""
-        with LinearMaps():
+        with LinearMaps(ALL):
             return _pull(self._outputs, self._leaves, u, retain_graph=True)
 
 
@@ -52,18 +51,16 @@ def pushed_once(
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Params]]:
     """The outputs, `J v`, and a function that gives `Jᵀ u` once, from one pass of dual numbers.
 
-    Reverse mode is the inner of the two, so that no graph is recorded of how tangents are computed.
-
     Raises:
-        RuntimeError: If torch.func cannot transform the model, or an operator has no forward mode.
+        NotImplementedError: If an operator has no forward mode.
     """
-    with forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(p.detach(), v[name]) for name, p in params.items()}
-        dual_outputs, pull = vjp(of_params, duals)[:2]
-        outputs, pushed = forward_ad.unpack_dual(dual_outputs)
-        # Tangents end with the level.
-        pushed = torch.zeros_like(outputs) if pushed is None else pushed.detach()
-    return outputs.detach(), pushed, lambda u: pull(u)[0]
+    leaves = _leaves(params)
+    with torch.enable_grad(), forward_ad.dual_level(), LinearMaps(LINEAR_LAYERS):
+        duals = {name: forward_ad.make_dual(leaf, v[name]) for name, leaf in leaves.items()}
+        outputs, pushed = forward_ad.unpack_dual(of_params(duals))
+    if pushed is None:
+        pushed = torch.zeros_like(outputs)
+    return outputs.detach(), pushed.detach(), lambda u: _pull(outputs, leaves, u)
 
 
 def _leaves(params: Params) -> dict[str, Tensor]:
