@@ -17,7 +17,21 @@ RTOL = 1e-10
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-IMAGE, SERIES, VOLUME, ROWS = (4, 9, 8), (4, 11), (4, 6, 5, 4), (5, 6)
+IMAGE, SERIES, VOLUME, ROWS, TOKENS = (4, 9, 8), (4, 11), (4, 6, 5, 4), (5, 6), (5, 8)
+
+
+class Attention(nn.Module):
+    """Of four heads, whose queries, keys and values are learned."""
+
+    def __init__(self, is_causal: bool, scale: float | None = None) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.options = {"is_causal": is_causal, "scale": scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (4, 2)).transpose(-2, -3) for part in self.parts)
+        return nn.functional.scaled_dot_product_attention(q, k, v, **self.options)
+
 
 MODULES: dict[str, tuple[tuple[int, ...], nn.Module]] = {
     "linear": (ROWS, nn.Linear(6, 3)),
@@ -31,6 +45,9 @@ MODULES: dict[str, tuple[tuple[int, ...], nn.Module]] = {
     "transposed conv1d": (SERIES, nn.ConvTranspose1d(4, 3, 3, stride=2, output_padding=1)),
     "transposed conv2d": (IMAGE, nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2)),
     "transposed conv3d": (VOLUME, nn.ConvTranspose3d(4, 2, 2)),
+    "attention": (TOKENS, Attention(is_causal=False, scale=0.7)),
+    "causal attention": (TOKENS, Attention(is_causal=True)),
+    "attention of a module": (TOKENS, nn.TransformerEncoderLayer(8, 2, 6, batch_first=True)),
     "layer norm": (ROWS, nn.LayerNorm(6)),
     "layer norm of two axes": (ROWS, nn.LayerNorm((5, 6), bias=False)),
     "layer norm without weights": (ROWS, nn.LayerNorm(6, elementwise_affine=False)),

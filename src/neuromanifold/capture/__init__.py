@@ -16,6 +16,7 @@ from neuromanifold.capture.generic import (
 )
 from neuromanifold.capture.kernels import differentiable_twice
 from neuromanifold.capture.layout import Plan, Site, plan, unwrap
+from neuromanifold.capture.plain import attention_weights
 from neuromanifold.capture.tape import Tape, is_measured
 from neuromanifold.capture.units import ACTIVATIONS, UnitTape, function_name
 
@@ -29,6 +30,7 @@ __all__ = [
     "Site",
     "Tape",
     "UnitTape",
+    "attention_weights",
     "buffers_kept",
     "call_model",
     "check_devices",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["PlainAttention", "PlainFunctions"]
+__all__ = ["PlainAttention", "PlainFunctions", "attention_weights"]
 
 Functions = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -72,11 +72,16 @@ def _attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return attention_weights(query, key, is_causal, scale) @ value
+
+
+def attention_weights(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """How much each query `(*, L, E)` takes of each value, `(*, L, S)`, by keys `(*, S, E)`."""
     scores = (query * scale) @ key.mT
     if is_causal:  # every query has a key: its own position, or the first
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
-    return scores.softmax(-1) @ value
+    return scores.softmax(-1)
 
 
 def _layer_norm(

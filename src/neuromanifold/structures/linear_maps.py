@@ -9,6 +9,7 @@ multiplies inputs by zero that have no tangent, in the first layer of a model.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from neuromanifold.capture import attention_weights
 from neuromanifold.errors import CaptureError
 
-__all__ = ["ALL", "LINEAR_LAYERS", "LinearMaps"]
+__all__ = ["ALL", "LAYERS", "LinearMaps"]
 
 aten = torch.ops.aten
 Functions = Mapping[Callable[..., Any], Callable[..., Tensor | None]]
@@ -127,6 +129,13 @@ def _mapped(value: Callable[[], Tensor], linear: _Map, *arguments: Tensor | None
     """A value of some arguments, with its derivative."""
     found: Tensor = _Value.apply(value, linear, *arguments)  # type: ignore[no-untyped-call]
     return found
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    first, *others = terms
+    for other in others:
+        first += other
+    return first
 
 
 def _plain(x: Tensor) -> bool:
@@ -262,6 +271,61 @@ def _each(option: Any, num_axes: int) -> list[int] | None:
     return [option] * num_axes if isinstance(option, int) else list(option)
 
 
+# --- attention ---------------------------------------------------------------------------------
+
+
+class _Attention(_Map):
+    """Of `p v`, `p = softmax(q kᵀ)`; the derivative of a softmax is symmetric."""
+
+    def __init__(self, p: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        super().__init__(q, k, v)
+        self._p, self._k, self._v = p, k.detach(), v.detach()
+        self._q, self._scale = q.detach() * scale, scale
+
+    def push(self, *tangents: Tangent) -> Tensor:
+        q, k, v = tangents
+        scores = [
+            *([] if q is None else [(q * self._scale) @ self._k.mT]),
+            *([] if k is None else [self._q @ k.mT]),
+        ]
+        parts = [] if v is None else [self._p @ v]
+        if scores:
+            parts.append(self._of_softmax(_sum(scores)) @ self._v)
+        return _sum(parts)
+
+    def pull(self, g: Tensor, wanted: Sequence[bool]) -> tuple[Tangent, ...]:
+        scores = self._of_softmax(g @ self._v.mT)
+        return (
+            (scores @ self._k).mul_(self._scale) if wanted[0] else None,
+            scores.mT @ self._q if wanted[1] else None,
+            self._p.mT @ g if wanted[2] else None,
+        )
+
+    def _of_softmax(self, v: Tensor) -> Tensor:
+        found: Tensor = aten._softmax_backward_data(v, self._p, -1, v.dtype)
+        return found
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    batches = {x.shape[:-2] for x in (query, key, value)}
+    if attn_mask is not None or dropout_p or enable_gqa or len(batches) > 1 or not _plain(query):
+        return None
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    p = attention_weights(query.detach(), key.detach(), is_causal, scale)
+    linear = _Attention(p, query, key, value, scale)
+    return _mapped(lambda: p @ value, linear, query, key, value)
+
+
 # --- norms and activations ---------------------------------------------------------------------
 
 
@@ -381,7 +445,7 @@ def _silu(input: Tensor, inplace: bool = False) -> Tensor | None:
     return _mapped(lambda: F.silu(input), linear, input)
 
 
-LINEAR_LAYERS: Functions = {
+LAYERS: Functions = {
     F.linear: _linear,
     F.conv1d: _convolution(1, transposed=False),
     F.conv2d: _convolution(2, transposed=False),
@@ -389,10 +453,11 @@ LINEAR_LAYERS: Functions = {
     F.conv_transpose1d: _convolution(1, transposed=True),
     F.conv_transpose2d: _convolution(2, transposed=True),
     F.conv_transpose3d: _convolution(3, transposed=True),
+    F.scaled_dot_product_attention: _attention,
 }
 
 ALL: Functions = {
-    **LINEAR_LAYERS,
+    **LAYERS,
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.gelu: _gelu,

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from neuromanifold._typing import Params
 from neuromanifold.capture.curvature import OfParams
-from neuromanifold.structures.linear_maps import ALL, LINEAR_LAYERS, LinearMaps
+from neuromanifold.structures.linear_maps import ALL, LAYERS, LinearMaps
 
 __all__ = ["Linearisation", "pushed_once"]
 
@@ -55,7 +55,7 @@ def pushed_once(
         NotImplementedError: If an operator has no forward mode.
     """
     leaves = _leaves(params)
-    with torch.enable_grad(), forward_ad.dual_level(), LinearMaps(LINEAR_LAYERS):
+    with torch.enable_grad(), forward_ad.dual_level(), LinearMaps(LAYERS):
         duals = {name: forward_ad.make_dual(leaf, v[name]) for name, leaf in leaves.items()}
         outputs, pushed = forward_ad.unpack_dual(of_params(duals))
     if pushed is None:
