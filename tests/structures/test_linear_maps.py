@@ -159,3 +159,23 @@ def test_overwritten_inputs_are_refused_by_every_product() -> None:
     for _ in range(3):
         with pytest.raises(CaptureError, match="changed in place"):
             F @ v
+
+
+def test_products_under_autocast_are_those_of_its_precision() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), Attention(is_causal=True)),
+        *(nn.Conv2d(4, 4, 2), nn.BatchNorm2d(4), nn.SiLU()),
+        *(nn.Flatten(), nn.Linear(28, 3)),
+    )
+    model.eval().float()
+    x = torch.randn(20, 8, 8, dtype=torch.float32)
+    likelihood, exact = nm.Categorical(), nm.Exact()
+    whole = nm.fisher(model, likelihood, x, nm.Gram(), estimator=exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        F = nm.fisher(model, likelihood, x, nm.Implicit(), estimator=exact)
+    v = torch.randn(F.num_parameters, dtype=torch.float32)
+    right = whole @ v
+    for _ in range(3):
+        error = (F @ v - right).norm() / right.norm()
+        assert error <= 0.05  # some ten roundings of 2⁻⁹ each

@@ -91,8 +91,11 @@ class _Value(torch.autograd.Function):
     """A value, whose derivative is a map."""
 
     @staticmethod
-    def forward(ctx: Any, value: Callable[[], Tensor], linear: _Map, *_: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, value: Callable[[], Tensor], linear: _Map, *arguments: Tensor | None
+    ) -> Tensor:
         ctx.linear = linear
+        ctx.dtypes = [x if x is None else x.dtype for x in arguments]
         ctx.set_materialize_grads(False)
         return value()
 
@@ -104,8 +107,10 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tangent) -> Tensor:
+        own = zip(tangents[2:], ctx.dtypes, strict=True)
+        # Under autocast, some of torch's functions give tangents in another precision.
         with torch.no_grad():
-            found: Tensor = ctx.linear.push(*tangents[2:])
+            found: Tensor = ctx.linear.push(*(t if t is None else t.to(dtype) for t, dtype in own))
         return found
 
 
@@ -445,15 +450,35 @@ def _silu(input: Tensor, inplace: bool = False) -> Tensor | None:
     return _mapped(lambda: F.silu(input), linear, input)
 
 
+def _cast(layer: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """The same layer as autocast runs it, where that is on: in lower precision."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor | None:
+        kind = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type
+        if not torch.is_autocast_enabled(kind):
+            return layer(*args, **kwargs)
+        dtype = torch.get_autocast_dtype(kind)
+
+        def lower(x: Any) -> Any:
+            floating = isinstance(x, Tensor) and x.is_floating_point()
+            return x.to(dtype) if floating and x.dtype != torch.float64 else x
+
+        lowered = {name: lower(x) for name, x in kwargs.items()}
+        with torch.autocast(kind, enabled=False):
+            return layer(*map(lower, args), **lowered)
+
+    return run
+
+
 LAYERS: Functions = {
-    F.linear: _linear,
-    F.conv1d: _convolution(1, transposed=False),
-    F.conv2d: _convolution(2, transposed=False),
-    F.conv3d: _convolution(3, transposed=False),
-    F.conv_transpose1d: _convolution(1, transposed=True),
-    F.conv_transpose2d: _convolution(2, transposed=True),
-    F.conv_transpose3d: _convolution(3, transposed=True),
-    F.scaled_dot_product_attention: _attention,
+    F.linear: _cast(_linear),
+    F.conv1d: _cast(_convolution(1, transposed=False)),
+    F.conv2d: _cast(_convolution(2, transposed=False)),
+    F.conv3d: _cast(_convolution(3, transposed=False)),
+    F.conv_transpose1d: _cast(_convolution(1, transposed=True)),
+    F.conv_transpose2d: _cast(_convolution(2, transposed=True)),
+    F.conv_transpose3d: _cast(_convolution(3, transposed=True)),
+    F.scaled_dot_product_attention: _cast(_attention),
 }
 
 ALL: Functions = {

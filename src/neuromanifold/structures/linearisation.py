@@ -64,7 +64,7 @@ def pushed_once(
 
 
 def _leaves(params: Params) -> dict[str, Tensor]:
-    return {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+    return {name: value.detach().requires_grad_() for name, value in params.items()}
 
 
 def _pull(outputs: Tensor, leaves: Params, u: Tensor, **options: bool) -> Params:
