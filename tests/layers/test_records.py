@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuromanifold.layers import Call, LayerRule, Port, Record, record_of_parameter, rule_for
+from neuromanifold.layers import (
+    Call,
+    LayerRule,
+    Port,
+    Record,
+    parts,
+    record_of_parameter,
+    rule_for,
+)
 from neuromanifold.linalg import Block, Slot
 
 V, N = 3, 6
@@ -151,6 +159,19 @@ def test_a_split_record_adds_up(layer: str, numel: int, calls: int) -> None:
     whole = record.per_sample().movedim(2, 1)  # (V, N, G, O, I)
     assert_same(sum(gradients), whole.sum((0, 1)))
     assert len(gradients) == N * V
+
+
+@pytest.mark.parametrize("layer", ["sequence", "convolution"])
+@pytest.mark.parametrize("together", [1, 2, 4, 100])
+def test_gradients_are_squared_some_at_a_time(
+    layer: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make(layer)
+    weights = record.block.num_parameters - record.block.fan_out * record.block.groups
+    cached = dict.fromkeys((True, False), weights * together)
+    monkeypatch.setattr(parts, "_CACHED_NUMEL", cached)
+    expected = record.per_sample().square().sum(dim=(0, 2))
+    torch.testing.assert_close(record.squared(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_inputs_are_counted_in_the_first_sweep() -> None:

@@ -41,6 +41,15 @@ def test_second_moment_of_nothing() -> None:
     assert torch.equal(psd.second_moment(torch.zeros(1, 0, 3)), torch.zeros(1, 3, 3))
 
 
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 600])
+def test_mirrored_looks_above_the_diagonal_only(n: int) -> None:
+    x = randn(n, n)
+    expected = x.triu() + x.triu(1).T
+    given = x.clone()
+    assert psd.mirrored(given) is given
+    assert torch.equal(given, expected)
+
+
 def test_eigenvalues_of_a_singular_matrix_are_not_negative() -> None:
     x = randn(3, 20)
     matrix = x.T @ x

@@ -39,11 +39,10 @@ class Graph:
         """
         graph = cls() if outputs.grad_fn is None else cls({outputs.grad_fn})
         stack = list(graph.nodes)
+        kinds: set[str] = set()
         while stack:
             node = stack.pop()
-            kind = type(node).__name__
-            _refuse_hidden_graph(kind)
-            graph.reorders = graph.reorders or any(name in kind for name in _REORDERING)
+            kinds.add(type(node).__name__)
             for child, _ in node.next_functions:
                 if child is None:
                     continue
@@ -52,6 +51,9 @@ class Graph:
                 elif child not in graph.nodes:
                     graph.nodes.add(child)
                     stack.append(child)
+        for kind in kinds:
+            _refuse_hidden_graph(kind)
+        graph.reorders = any(name in kind for kind in kinds for name in _REORDERING)
         return graph
 
 

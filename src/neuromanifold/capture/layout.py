@@ -153,7 +153,10 @@ def plan(model: nn.Module, params: Iterable[str] | None, uncovered: str) -> Plan
     generic: dict[str, str] = {}
     for name, pieces in _pieces(model, parameters).items():
         lookup = all(piece.block.lookup for piece in pieces)
-        blocks = {replace(piece.block, lookup=lookup) for piece in pieces}
+        blocks = {
+            piece.block if piece.block.lookup == lookup else replace(piece.block, lookup=lookup)
+            for piece in pieces
+        }
         if len(blocks) > 1:
             unlike = " and ".join(piece.rule for piece in pieces)
             generic.update(dict.fromkeys(pieces[0].block.parameters, f"shared by {unlike}"))
@@ -194,14 +197,11 @@ def _pieces(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, 
         prefix = f"{module_name}." if module_name else ""
         for piece in rule.pieces(module, module_name, local):
             parts = [own[slot.parameter.removeprefix(prefix)] for slot in piece.block.slots]
-            slots = tuple(
-                replace(slot, parameter=names[id(p)])
-                for slot, p in zip(piece.block.slots, parts, strict=True)
-            )
+            called = tuple(names[id(p)] for p in parts)
             ports = {
                 (module_name, use.port): Port(use.rule, module, use.groups) for use in piece.uses
             }
-            block = replace(piece.block, slots=slots)
+            block = piece.block if piece.block.parameters == called else piece.block.renamed(called)
             cut = any(id(p) in shared for p in parts)
             for part in _apart(block) if cut else [block]:
                 pieces.setdefault(part.name, []).append(Site(part, ports, rule.name))
@@ -220,14 +220,14 @@ def _apart(block: Block) -> list[Block]:
 
 def _selected(model: nn.Module, params: Iterable[str] | None) -> dict[str, nn.Parameter]:
     parameters = dict(model.named_parameters())
-    first = {id(p): name for name, p in parameters.items()}
-    # A shared weight has a name at each of its owners, and goes by the first.
-    called = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     trainable = [name for name, p in parameters.items() if p.requires_grad]
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if params is None:
         selected = set(trainable)
     else:
+        first = {id(p): name for name, p in parameters.items()}
+        # A shared weight has a name at each of its owners, and goes by the first.
+        called = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         patterns = [params] if isinstance(params, str) else list(params)
         selected = set()
         other = [pattern for pattern in patterns if not isinstance(pattern, str)]

@@ -96,8 +96,8 @@ class Tape:
         self._own = {
             place: [
                 (port.module, local, p)
-                for local, p in port.module.named_parameters(recurse=False)
-                if id(p) in measured
+                for local, p in port.module._parameters.items()
+                if p is not None and id(p) in measured
             ]
             for site in plan.sites.values()
             for place, port in site.ports.items()

@@ -142,7 +142,10 @@ def _spread(x: Tensor, module: nn.Module, out: torch.Size) -> Tensor:
 
 
 def _patches(x: Tensor, module: Conv | ConvTranspose, stride: tuple[int, ...]) -> Tensor:
-    """Patches of a padded input under the kernel, `(G, rows, T, C/G·∏k)`."""
+    """Patches of a padded input under the kernel, `(G, rows, T, C/G·∏k)`.
+
+    In memory positions are last: rows of an image are longer than those of a kernel to copy.
+    """
     sizes, strides = list(x.shape[:2]), list(x.stride()[:2])
     kernel_sizes, kernel_strides = [], []
     for axis, (k, step, gap) in enumerate(
@@ -153,11 +156,11 @@ def _patches(x: Tensor, module: Conv | ConvTranspose, stride: tuple[int, ...]) -
         kernel_sizes.append(k)
         kernel_strides.append(x.stride(axis) * gap)
     patches = x.as_strided(sizes + kernel_sizes, strides + kernel_strides, x.storage_offset())
-    # (rows, G, C/G, *out, *k) -> (G, rows, *out, C/G, *k)
+    # (rows, G, C/G, *out, *k) -> (G, C/G, *k, rows, *out)
     d = len(stride)
     out, kernel = range(3, 3 + d), range(3 + d, 3 + 2 * d)
-    patches = patches.unflatten(1, (module.groups, -1)).permute(1, 0, *out, 2, *kernel)
-    return patches.reshape(module.groups, len(x), math.prod(sizes[2:]), -1)
+    patches = patches.unflatten(1, (module.groups, -1)).permute(1, 2, *kernel, 0, *out)
+    return patches.reshape(module.groups, -1, len(x), math.prod(sizes[2:])).permute(0, 2, 3, 1)
 
 
 for _module_type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

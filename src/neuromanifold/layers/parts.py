@@ -26,6 +26,7 @@ __all__ = [
     "Side",
     "Vectors",
     "Whole",
+    "as_rows",
     "count_uses",
 ]
 
@@ -33,6 +34,8 @@ __all__ = [
 TEMPORARY_NUMEL = 2**24
 """Numbers in a temporary that a loop may make."""
 
+_CACHED_NUMEL = {True: 2**18, False: 2**22}
+"""Numbers in a temporary that stays in the cache: of a processor (True), of an accelerator."""
 _MANY_UNITS = 32
 """From which on second moments of units are faster as weighted sums of pairs of inputs."""
 _STRIP = 16
@@ -84,7 +87,7 @@ class Vectors(Side):
     def rows(self, *, reduce: bool) -> Tensor:
         """`(G, V·N·T, n)`."""
         x = self.x.sum(dim=3, keepdim=True) if reduce else self.x
-        return x.transpose(0, 1).flatten(1, 3)
+        return as_rows(x.transpose(0, 1))
 
 
 class Inputs(Side):
@@ -138,7 +141,7 @@ class Inputs(Side):
 
     def _rows(self, reduce: bool) -> Tensor:
         if not reduce:
-            return self.a.flatten(1, 2)
+            return as_rows(self.a)
         return self.a.sum(dim=2) / _per_sample(self.used, self.a.shape[2])
 
     def _num_rows(self, reduce: bool) -> Tensor | int:
@@ -185,6 +188,14 @@ class OneHot(Side):
         out = self._like.new_zeros(len(indices), self.width)
         out.scatter_(1, indices.clamp(min=0)[:, None], (indices >= 0).to(out)[:, None])
         return out[None]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`(G, ..., n)` to `(G, R, n)`, in memory as it is: vectors first, or one entry of all of them.
+
+    Those of convolutions lie so that positions are last, and are not turned around.
+    """
+    return x.flatten(1, -2) if x.stride(-1) == 1 else x.movedim(-1, 1).flatten(2).mT
 
 
 def count_uses(used: Tensor | None, shape: Sequence[int], *, reduce: bool) -> Tensor | int:
@@ -312,15 +323,19 @@ class Factored(Part):
 
     def squared(self) -> Tensor:
         """A matrix product at one position: `(Σ_t g_o a_i)² = g_o² a_i²`."""
-        if self.num_positions != 1:  # a temporary of its own, to be written over
-            return self.per_sample().square_().sum(dim=(0, 2))
-        weights = self._squared_cotangents()  # (G, N, O)
+        alone = self.num_positions == 1
+        weights = self._squared_cotangents() if alone else self.g.mT  # (G, N, O), (V, G, N, O, T)
         width = 0 if self.a is None else self.a.shape[-1]
-        out = psd.aligned_empty(weights, len(weights), weights.shape[2], width + self.biased)
-        if self.a is not None:
+        groups, fan_out = self.g.shape[1], self.g.shape[4]
+        out = psd.aligned_empty(self.g, groups, fan_out, width + self.biased)
+        if self.a is not None and alone:
             psd.product(weights.mT, self.a.squeeze(2).square(), out[..., :width])
+        elif self.a is not None:
+            _sum_squares(weights, self.a, out[..., :width])
         if self.biased:
-            out[..., -1] = weights.sum(dim=1)
+            # Apart: a column more makes a width for which BLAS is slower, such as 129.
+            of_bias = weights if alone else self.g.sum(dim=3).square_().sum(dim=0)
+            out[..., -1] = of_bias.sum(dim=1)
         return out
 
     def _squared_cotangents(self) -> Tensor:
@@ -333,6 +348,25 @@ class Factored(Part):
         if self.num_positions != 1:
             return super().unit_moments()
         return _weighted_moments(self.augmented.squeeze(2), self._squared_cotangents().mT)
+
+
+def _sum_squares(g: Tensor, a: Tensor, out: Tensor) -> None:
+    """`Σ (g a)²` over sweeps and samples of `g (V, G, N, O, T)` and `a (G, N, T, I)`: `(G, O, I)`.
+
+    Some products at a time, in one place that stays in the cache.
+    """
+    num_samples = a.shape[1]
+    step = max(_CACHED_NUMEL[a.device.type == "cpu"] // out.numel(), 1)
+    products = out.new_empty(len(out), min(step, num_samples), *out.shape[1:])
+    out.zero_()
+    for start in range(0, num_samples, step):
+        some = slice(start, start + step)
+        for sweep in g:
+            p = torch.matmul(sweep[:, some], a[:, some], out=products[:, : num_samples - start])
+            if step == 1:
+                out.addcmul_(p[:, 0], p[:, 0])
+            else:
+                out += p.square_().sum(dim=1)
 
 
 def _weighted_moments(a: Tensor, weights: Tensor) -> Tensor:
@@ -431,7 +465,7 @@ class Indexed(Part):
         starts[1:] = pairs[1:] != pairs[:-1]
         pair = starts.cumsum(0) - 1
         sums = torch.zeros_like(self.g).flatten(1, 2)
-        sums.index_add_(1, pair, self.g.flatten(1, 2)[:, order])
+        sums.index_add_(1, pair, self.g.flatten(1, 2).index_select(1, order))
         found = torch.zeros_like(pairs).scatter_(0, pair, pairs % self.num_rows)
         return found, sums
 

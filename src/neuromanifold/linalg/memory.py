@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -69,8 +70,16 @@ def parse(value: int | str) -> int:
     return num_bytes
 
 
-def require(num_bytes: int, device: torch.device, *, what: str, instead: str) -> None:
+def require(
+    num_bytes: int, device: torch.device, *, what: str, instead: str | Callable[[], str]
+) -> None:
     """Raise before an allocation that cannot fit.
+
+    Args:
+        num_bytes: of the allocation.
+        device: where.
+        what: would be allocated.
+        instead: advice, or a function that takes its time to find some.
 
     Raises:
         TooLargeError: Names the bytes needed, the bytes free, and what would fit.
@@ -81,7 +90,7 @@ def require(num_bytes: int, device: torch.device, *, what: str, instead: str) ->
     if num_bytes > free:
         raise TooLargeError(
             f"{what} needs {readable(num_bytes)}, but {readable(free)} are free on {device}. "
-            f"{instead}",
+            f"{instead if isinstance(instead, str) else instead()}",
             bytes_needed=num_bytes,
             bytes_available=free,
         )

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["WORTH_IT", "pack", "unpack"]
+from neuromanifold.linalg import psd
+
+__all__ = ["WORTH_IT", "pack", "product", "unpack"]
 
 WORTH_IT = 128
 """Width from which on the memory saved is worth the time."""
@@ -38,17 +40,40 @@ def pack(matrices: Tensor) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """The inverse of `pack`."""
+    first, cross, last = _blocks(packed)
+    m = first.shape[-1]
+    n = m + last.shape[-1]
+    out = packed.new_empty(*packed.shape[:-1], n, n)
+    out[..., :m, :m] = first
+    out[..., m:, m:] = last
+    out[..., m:, :m] = cross
+    out[..., :m, m:] = cross.mT
+    return out
+
+
+def product(packed: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Matrices `(B, n, n)` that are packed times `x (B, n, k)`, written into `out`.
+
+    By blocks, of which those on the diagonal alone are put together.
+    """
+    first, cross, last = _blocks(packed)
+    m = first.shape[-1]
+    psd.product(first, x[:, :m], out[:, :m]).baddbmm_(cross.mT, x[:, m:])
+    psd.product(last, x[:, m:], out[:, m:]).baddbmm_(cross, x[:, :m])
+    return out
+
+
+def _blocks(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first, the one below it, and the last."""
     numbers = packed.shape[-1]
     m = math.isqrt(numbers // 2)  # 2 m² numbers for n = 2 m − 1, 2 m² + m for n = 2 m
-    n = 2 * m if numbers > 2 * m * m else 2 * m - 1
-    rectangle = packed[..., : m * (m + 1)].unflatten(-1, (m, m + 1))
-    cross = packed[..., m * (m + 1) :].unflatten(-1, (n - m, m)) if n > m else None
-    out = packed.new_empty(*packed.shape[:-1], n, n)
-    first = rectangle[..., :m].tril()
-    out[..., :m, :m] = first + first.tril(-1).mT
-    if cross is not None:
-        last = rectangle[..., : n - m, 1 : n - m + 1].triu()
-        out[..., m:, m:] = last + last.triu(1).mT
-        out[..., m:, :m] = cross
-        out[..., :m, m:] = cross.mT
-    return out
+    rest = m if numbers > 2 * m * m else m - 1
+    rectangle, cross = packed.split_with_sizes([m * (m + 1), rest * m], dim=-1)
+    rectangle = rectangle.unflatten(-1, (m, m + 1))
+    first, last = rectangle[..., :m], rectangle[..., :rest, 1 : rest + 1]
+    lower = torch.ones(m, m, dtype=torch.bool, device=packed.device).tril_()
+    return (
+        torch.where(lower, first, first.mT),
+        cross.reshape(*packed.shape[:-1], rest, m),
+        torch.where(lower[:rest, :rest], last.mT, last),
+    )

@@ -17,6 +17,7 @@ __all__ = [
     "eigh",
     "inverse",
     "inverse_square_root",
+    "mirrored",
     "product",
     "second_moment",
     "square_root",
@@ -152,11 +153,23 @@ def second_moment(x: Tensor, out: Tensor | None = None) -> Tensor:
     for start in range(0, n, _BLOCK):
         stop = min(start + _BLOCK, n)
         product(x[..., start:stop].mT, x[..., start:], out[:, start:stop, start:])
-        out[:, stop:, start:stop] = out[:, start:stop, stop:].mT
+        if stop < n:
+            out[:, stop:, start:stop] = out[:, start:stop, stop:].mT
     return out
 
 
-_BLOCK = 256
+def mirrored(matrix: Tensor) -> Tensor:
+    """A symmetric matrix `(n, n)` of what is above its diagonal, in place."""
+    n = len(matrix)
+    for start in range(0, n, _BLOCK):
+        stop = min(start + _BLOCK, n)
+        own = matrix[start:stop, start:stop]
+        own.copy_(own.triu() + own.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+    return matrix
+
+
+_BLOCK = 128
 _MANY = 32
 """Matrices in a batch from which on LAPACK is kept to corners."""
 _CORNER = 24

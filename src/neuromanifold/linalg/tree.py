@@ -247,9 +247,9 @@ class Block:
     def write_slots(self, parts: Sequence[Tensor], rows: Tensor, layout: Layout) -> None:
         """The inverse of `read_slots`."""
         for slot, part in zip(self.slots, parts, strict=True):
-            permuted = part.reshape(-1, *(slot.view[i] for i in slot.order))
-            inverse = [1 + slot.order.index(i) for i in range(len(slot.view))]
-            rows[:, layout.slices[slot.parameter]] = permuted.permute(0, *inverse).flatten(1)
+            own = rows[:, layout.slices[slot.parameter]].unflatten(1, slot.view)
+            own = own.permute(0, *(1 + i for i in slot.order))
+            own.copy_(part.reshape(own.shape))
 
     def join(self, params: Params) -> Tensor:
         """The block's parameters, by name, as one `(1, G, O, I)`."""
@@ -288,6 +288,11 @@ class Block:
             return None
         biased = self.biased and self.slots[-1] in keep
         return replace(self, slots=tuple(keep), biased=biased), columns
+
+    def renamed(self, parameters: Iterable[str]) -> Block:
+        """With other names of the parameters, in column order."""
+        named = zip(self.slots, parameters, strict=True)
+        return replace(self, slots=tuple(replace(slot, parameter=name) for slot, name in named))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a manifest."""

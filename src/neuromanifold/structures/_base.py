@@ -6,6 +6,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -277,13 +278,13 @@ class Structure(ABC):
         """
         needed = self.constant_numel(source.plan) * source.dtype.itemsize
         what = f"{self!r} of {source.plan.layout.num_parameters} parameters"
-        instead = self.smaller(source, needed)
+        instead = partial(self.smaller, source, needed)
         if free is None:
             memory.require(needed, source.device, what=what, instead=instead)
         elif needed > free:
             raise TooLargeError(
                 f"{what} needs {memory.readable(needed)}, more than the {memory.readable(free)} "
-                f"that it may use. {instead}",
+                f"that it may use. {instead()}",
                 bytes_needed=needed,
                 bytes_available=free,
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from neuromanifold.estimators import Hessian
@@ -30,6 +32,10 @@ class Diagonal(AdditiveStructure):
         if isinstance(source.estimator, Hessian):
             return second_order_blocks(self, source, self._of_surprise)
         return super().build(source)
+
+    def split(self, record: Record) -> Iterator[Record]:
+        """Gradients are squared some at a time as it is, unless they are sums over ports."""
+        return record.split(self._part(record.block), whole=len(record.ports) > 1)
 
     @staticmethod
     def _of_surprise(labelled: Labelled, record: Record) -> Statistics:
