@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import neuromanifold as nm
 from neuromanifold.errors import TooLargeError, UnsupportedError
 from neuromanifold.linalg import memory
+from neuromanifold.structures._base import SWEEP_BYTES, Source
 from neuromanifold.structures.eigenkronecker import EigenKroneckerMatrix
 from neuromanifold.structures.kronecker import KroneckerMatrix
 from neuromanifold.testing import check_structure, reference
@@ -168,6 +169,36 @@ def test_both_passes_see_the_same_labels() -> None:
     assert torch.equal(used.get_state(), expected.get_state())
     again = measure(nm.EigenKronecker(), estimator=nm.MonteCarlo(2), generator=used)
     assert not torch.allclose(again.trace(), F.trace())
+
+
+@pytest.mark.parametrize(
+    ("size", "sweep_bytes", "calls"),
+    [(11, SWEEP_BYTES, 1), (11, 1, 2), (4, SWEEP_BYTES, 6)],  # at once, sweep by sweep, in batches
+)
+def test_a_batch_is_read_once_if_its_sweeps_travel_together(
+    size: int, sweep_bytes: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = model_and_inputs()
+    seen: list[int] = []
+    told: list[tuple[int, int | None]] = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    monkeypatch.setattr(
+        Source, "sweeps_together", lambda _, numel: max(sweep_bytes // (4 * numel + 1), 1)
+    )
+    measure = partial(nm.fisher, model, nm.Categorical(), estimator=nm.Exact())
+    batches = [(part, None) for part in x.split(size)]
+    moments = measure(batches, nm.BlockDiagonal())
+    measure(batches, nm.Kronecker())  # the plan of a model is known from here on
+    seen.clear()
+    F = measure(
+        batches, nm.EigenKronecker(), progress=lambda done, total: told.append((done, total))
+    )
+    assert len(seen) == calls
+    assert told == [(i, 2 * len(batches)) for i in range(1, 2 * len(batches) + 1)]
+    assert F.num_samples == 11
+    for mine, exact in zip(F.blocks, moments.blocks, strict=True):
+        q = basis(mine)
+        assert_close(mine.moments.flatten(), (q.T @ exact.dense() @ q).diagonal())
 
 
 def test_without_a_generator() -> None:

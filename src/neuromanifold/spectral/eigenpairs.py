@@ -33,7 +33,8 @@ class Extremes:
         values: `(k,)` in descending order, in nats/parameter². None is above the eigenvalue of the
             same rank, but for rounding.
         vectors: orthonormal columns `(P, k)`; `F.layout.unflatten(vectors[:, 0])` gives a dict.
-        residuals: `‖F v − value v‖`, `(k,)`, from a product with each vector.
+        residuals: `‖F v − value v‖`, `(k,)`, from a product with each vector or, in sample space,
+            with the Gram matrix.
         bounds: `(k,)`, how far the eigenvalue of the same rank is from the value at most, if no
             eigenvalue was missed: the residual, or its square over the gap where that is less.
         method: what was done.
@@ -171,42 +172,54 @@ def _of_gram(F: GramOperator, found: lanczos.Pairs, k: int, method: str) -> Extr
     """From eigenvectors of the Gram matrix: `Û q / √κ` are those of F."""
     cutoff = F._cutoff * found.values[0]
     rank = int((found.values[:k] > cutoff).sum())
-    roots = found.values[:rank].sqrt().to(F.dtype)
-    rows = F._combine(found.vectors[:rank].T) / roots[:, None]
-    if rank < k:  # F has no more eigenvalues but zero: any directions that are left will do
-        memory.require(
-            2 * k * F.num_parameters * F.dtype.itemsize,
-            F.device,
-            what=f"{k} vectors of {F.num_parameters} parameters",
-            instead="Ask for fewer eigenvalues.",
-        )
-        more = torch.eye(k - rank, F.num_parameters, dtype=F.dtype, device=F.device)
-        rows = torch.linalg.qr(torch.cat([rows, more]).T)[0].T
-        values = found.values.new_zeros(k + 1)
-        values[:rank] = found.values[:rank]
-        residuals = torch.zeros_like(values)
-        residuals[:rank] = found.residuals[:rank]
-        found = replace(found, values=values, residuals=residuals)
-    return _of_vectors(F, replace(found, products=0), rows, method)
+    values = found.values[:rank].to(F.dtype)
+    vectors = found.vectors[:rank]
+    rows = F._combine(vectors.T) / values.sqrt()[:, None]
+    if rank == k:
+        # F Û q − κ Û q = Û (K q − κ q): products with K are cheaper than with F.
+        errors = vectors @ F.gram - values[:, None] * vectors
+        squares = (errors @ F.gram * errors).sum(dim=1) / values
+        return _extremes(F, replace(found, products=0), rows, psd.square_root(squares), method)
+    # F has no more eigenvalues but zero: any directions that are left will do.
+    memory.require(
+        2 * k * F.num_parameters * F.dtype.itemsize,
+        F.device,
+        what=f"{k} vectors of {F.num_parameters} parameters",
+        instead="Ask for fewer eigenvalues.",
+    )
+    more = torch.eye(k - rank, F.num_parameters, dtype=F.dtype, device=F.device)
+    rows = torch.linalg.qr(torch.cat([rows, more]).T)[0].T
+    all_values = found.values.new_zeros(k + 1)
+    all_values[:rank] = found.values[:rank]
+    residuals = torch.zeros_like(all_values)
+    residuals[:rank] = found.residuals[:rank]
+    found = replace(found, values=all_values, residuals=residuals, products=0)
+    return _of_vectors(F, found, rows, method)
 
 
 def _of_vectors(F: FisherOperator, found: lanczos.Pairs, rows: Tensor, method: str) -> Extremes:
     """With the residuals that F itself gives."""
+    values = found.values[: len(rows), None].to(rows.dtype)
+    residuals = torch.linalg.vector_norm(F._matmat(rows) - values * rows, dim=1)
+    found = replace(found, products=found.products + len(rows))
+    return _extremes(F, found, rows, residuals, method)
+
+
+def _extremes(
+    F: FisherOperator, found: lanczos.Pairs, rows: Tensor, residuals: Tensor, method: str
+) -> Extremes:
+    """With bounds that follow from the residuals."""
     k = len(rows)
-    images = F._matmat(rows)
-    values = found.values[:k]
-    differences = images - values.to(rows.dtype)[:, None] * rows
-    residuals = torch.linalg.vector_norm(differences, dim=1).double()
-    all_residuals = torch.cat([residuals, found.residuals[k:]])
+    all_residuals = torch.cat([residuals.double(), found.residuals[k:]])
     bounds = _bounds(found.values, all_residuals)[:k]
-    rounding = 4 * math.sqrt(F.num_parameters) * torch.finfo(F.dtype).eps * values[0]
+    rounding = 4 * math.sqrt(F.num_parameters) * torch.finfo(F.dtype).eps * found.values[0]
     return Extremes(
-        values.to(F.dtype),
+        found.values[:k].to(F.dtype),
         rows.T,
-        residuals.to(F.dtype),
+        residuals,
         torch.maximum(bounds, rounding).to(F.dtype),
         method,
-        found.products + k,
+        found.products,
         found.converged,
     )
 

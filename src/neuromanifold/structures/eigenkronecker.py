@@ -28,7 +28,7 @@ from neuromanifold.structures._base import (
 )
 from neuromanifold.structures.factors import Full
 from neuromanifold.structures.kronecker import Kronecker, KroneckerMatrix
-from neuromanifold.structures.passes import sources_of_passes
+from neuromanifold.structures.passes import KeepingSource, sources_of_passes
 
 __all__ = ["EigenKronecker", "EigenKroneckerMatrix", "in_eigenbasis", "squares_along"]
 
@@ -41,8 +41,8 @@ class EigenKronecker(Structure):
     gradient along each product of their eigenvectors, `E[(Q_Bᵀ p Q_A)²]`, one number per parameter,
     with the same sampled labels. Of all matrices with these eigenvectors it is the nearest to the
     exact block in Frobenius norm. Its trace is exact, also where a layer is used at several
-    positions. The data must be readable twice. Blocks that `Kronecker` keeps in an exact form are
-    kept in that form.
+    positions. The data must be readable twice; of a single batch, the second pass takes what the
+    first has kept. Blocks that `Kronecker` keeps in an exact form are kept in that form.
 
     Args:
         weight_sharing: of the factors, as for `Kronecker`.
@@ -92,10 +92,11 @@ class EigenKronecker(Structure):
                 f"shuffle=False, nm.Exact(), or nm.Kronecker(), which reads the data once."
             )
         first, second = sources_of_passes(source, 2)
+        first = KeepingSource.of(first)
         blocks = self._kronecker().build(first).blocks
         source.num_samples, source.num_positions = first.num_samples, first.num_positions
         if any(isinstance(matrix, KroneckerMatrix) for matrix in blocks):
-            blocks = _Moments(self, blocks).build(second).blocks
+            blocks = _Moments(self, blocks).build(first.again(second)).blocks
         coverage = source.coverage(self.represent)
         return BlockOperator(source.plan.layout, blocks, coverage, source.origin(self))
 

@@ -133,20 +133,15 @@ class GramOperator(FisherOperator):
     @cached_property
     def gram(self) -> Tensor:
         """`K (R, R)`, whose non-zero eigenvalues are those of F."""
-        gram = torch.empty(self.num_rows, self.num_rows, dtype=self.dtype, device=self.device)
-        row = 0
-        for i, left in enumerate(self._chunks):
-            rows = slice(row, row := row + left.rows[0].num_rows)
-            column = 0
-            for right in self._chunks[: i + 1]:
-                columns = slice(column, column := column + right.rows[0].num_rows)
-                pairs = zip(left.rows, right.rows, strict=True)
-                part = _total(mine.gram(theirs) for mine, theirs in pairs)
-                part *= math.sqrt(left.weight * right.weight)
-                gram[rows, columns] = part
-                if rows != columns:
-                    gram[columns, rows] = part.T
-        return gram
+        gram = torch.zeros(self.num_rows, self.num_rows, dtype=self.dtype, device=self.device)
+        sizes = [chunk.rows[0].num_rows for chunk in self._chunks]
+        for i, (left, strip) in enumerate(zip(self._chunks, gram.split(sizes), strict=True)):
+            parts = strip.split(sizes, dim=1)
+            for j, right in enumerate(self._chunks[i:], start=i):
+                weight = math.sqrt(left.weight * right.weight)
+                for mine, theirs in zip(left.rows, right.rows, strict=True):
+                    mine.add_gram(theirs, parts[j], weight, half=j == i)
+        return psd.mirrored(gram)
 
     def _project(self, rows: Tensor) -> Tensor:
         """`Ûᵀ x`, `(R, vectors)`, with the weights' square roots in Û."""

@@ -13,15 +13,27 @@ from neuromanifold.linalg import memory, psd
 
 __all__ = ["FactoredRows", "IndexedRows", "Rows", "WholeRows", "rows_of"]
 
+_STRIP = 128
+"""Samples (with their positions) at a time: fewer make narrow products, more waste the symmetry."""
+
 
 class Rows(ABC):
     """Columns of U for one block and the V·N sweeps and samples of one chunk."""
 
     num_rows: int
 
-    @abstractmethod
     def gram(self, other: Rows) -> Tensor:
         """`Uᵀ U'` with the rows of another chunk, `(V·N, V'·N')`."""
+        some = next(iter(self.tensors().values()))
+        out = some.new_zeros(self.num_rows, other.num_rows)
+        self.add_gram(other, out, half=other is self)
+        return psd.mirrored(out) if other is self else out
+
+    @abstractmethod
+    def add_gram(
+        self, other: Rows, out: Tensor, weight: float = 1.0, *, half: bool = False
+    ) -> None:
+        """Add `weight Uᵀ U'` to `out (V·N, V'·N')`; with `half`, not always below its diagonal."""
 
     @abstractmethod
     def project(self, x: list[Tensor]) -> Tensor:
@@ -55,9 +67,15 @@ class WholeRows(Rows):
         self.gradients = gradients
         self.num_rows = len(gradients)
 
-    def gram(self, other: Rows) -> Tensor:
-        """One matrix product."""
-        return self.gradients.flatten(1) @ other.per_sample().flatten(1).T
+    def add_gram(
+        self, other: Rows, out: Tensor, weight: float = 1.0, *, half: bool = False
+    ) -> None:
+        """A matrix product, in strips where half of it is enough."""
+        mine, theirs = self.gradients.flatten(1), other.per_sample().flatten(1)
+        for start in range(0, self.num_rows, _STRIP):
+            first = start if half else 0
+            strip = slice(start, start + _STRIP)
+            out[strip, first:].addmm_(mine[strip], theirs[first:].T, alpha=weight)
 
     def project(self, x: list[Tensor]) -> Tensor:
         """One matrix product."""
@@ -93,39 +111,36 @@ class FactoredRows(Rows):
         self.biased = biased
         self.num_rows = g.shape[0] * g.shape[2]
 
-    def gram(self, other: Rows) -> Tensor:
+    def add_gram(
+        self, other: Rows, out: Tensor, weight: float = 1.0, *, half: bool = False
+    ) -> None:
         """Inner products of inputs times those of cotangents, summed over pairs of positions."""
         if not isinstance(other, FactoredRows):
-            return WholeRows(self.per_sample()).gram(other)
-        positions = self.g.shape[3]
-        # Temporaries are V·N·T by V'·N'·T'; some samples at a time keep them in bounds.
-        per_sample = self.g.shape[0] * positions * other.g[..., 0].numel()
-        step = max(TEMPORARY_NUMEL // per_sample, 1)
-        strips = [
-            self._gram_strip(other, slice(start, start + step))
-            for start in range(0, self.g.shape[2], step)
-        ]
-        gram = strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)
-        return gram.flatten(2).flatten(0, 1)
-
-    def _gram_strip(self, other: FactoredRows, samples: slice) -> Tensor:
-        """The Gram matrix of some samples, `(V, n, V', N')`."""
-        a, g = self.a[:, samples], self.g[:, :, samples]
-        n, positions = a.shape[1:3]
-        itself = other is self and n == other.a.shape[1]
-        inputs = _inner(a.flatten(1, 2), other.a.flatten(1, 2), itself)  # (G, n·T, N'·T')
-        if self.biased:
-            inputs += 1
-        left = g.transpose(0, 1).flatten(1, 3)  # (G, V·n·T, O)
-        right = other.g.transpose(0, 1).flatten(1, 3)
-        products = _inner(left, right, itself)
-        products = products.unflatten(2, other.g.shape[:1] + other.g.shape[2:4])
-        products = products.unflatten(1, (-1, n, positions))  # (G, V, n, T, V', N', T')
-        inputs = inputs.unflatten(2, other.a.shape[1:3]).unflatten(1, (n, positions))
-        products *= inputs[:, None, :, :, None]
-        if products.shape[0] == positions == other.a.shape[2] == 1:
-            return products[0, :, :, 0, :, :, 0]
-        return products.sum(dim=(0, 3, 6))
+            WholeRows(self.per_sample()).add_gram(other, out, weight, half=half)
+            return
+        sweeps, groups, num_samples, positions = self.g.shape[:4]
+        pairs = out.unflatten(1, (-1, other.g.shape[2])).unflatten(0, (sweeps, -1))
+        # Few samples at a time, and one sweep of the others: temporaries that stay in the cache.
+        strip = min(_STRIP, TEMPORARY_NUMEL // (sweeps * other.a[..., 0].numel()))
+        step = max(strip // positions, 1)
+        for start in range(0, num_samples, step):
+            samples = slice(start, start + step)
+            first = start if half and sweeps == 1 else 0
+            inputs = self.a[:, samples].flatten(1, 2) @ other.a[:, first:].flatten(1, 2).mT
+            if self.biased:
+                inputs += 1
+            inputs *= weight  # (G, n·T, N'·T')
+            for v, theirs in enumerate(other.g[:, :, first:]):
+                mine = self.g[: v + 1 if half else None, :, samples]
+                left = mine.transpose(0, 1).flatten(1, 3)  # (G, V·n·T, O)
+                products = (left @ theirs.flatten(1, 2).mT).unflatten(1, (len(mine), -1))
+                part = pairs[: len(mine), samples, v, first:]  # (V, n, N')
+                if groups == positions == theirs.shape[2] == 1:
+                    part.addcmul_(products[0], inputs)
+                else:
+                    products *= inputs[:, None]
+                    products = products.unflatten(3, theirs.shape[1:3])
+                    part += products.unflatten(2, (-1, positions)).sum(dim=(0, 3, 5))
 
     def project(self, x: list[Tensor]) -> Tensor:
         """Two products per layer: through the inputs, then against the cotangents."""
@@ -178,11 +193,6 @@ class FactoredRows(Rows):
         return Factored(a, g, self.biased, slice(0, len(a)))
 
 
-def _inner(left: Tensor, right: Tensor, itself: bool) -> Tensor:
-    """`left rightᵀ`, by its symmetry where both are the same."""
-    return psd.second_moment(left.mT) if itself else left @ right.mT
-
-
 class IndexedRows(Rows):
     """Gradients of rows of a table: which `indices (N, T)`, −1 for none, and `g (V, N, T, D)`."""
 
@@ -192,19 +202,22 @@ class IndexedRows(Rows):
         self.table = table
         self.num_rows = g.shape[0] * g.shape[1]
 
-    def gram(self, other: Rows) -> Tensor:
+    def add_gram(
+        self, other: Rows, out: Tensor, weight: float = 1.0, *, half: bool = False
+    ) -> None:
         """Inner products of cotangents, over pairs of positions with the same index."""
         if not isinstance(other, IndexedRows):
-            return WholeRows(self.per_sample()).gram(other)
+            WholeRows(self.per_sample()).add_gram(other, out, weight, half=half)
+            return
+        pairs = out.unflatten(1, other.g.shape[:2]).unflatten(0, self.g.shape[:2])
         per_sample = self.g.shape[0] * self.g.shape[2] * other.g[..., 0].numel()
         step = max(TEMPORARY_NUMEL // per_sample, 1)
-        strips = []
         for start in range(0, self.g.shape[1], step):
             samples = slice(start, start + step)
             same = self.indices[samples, :, None, None] == other.indices
             products = torch.einsum("vntd,wmsd->vntwms", self.g[:, samples], other.g)
-            strips.append((products * same[None, :, :, None]).sum(dim=(2, 5)))
-        return torch.cat(strips, dim=1).flatten(2).flatten(0, 1)
+            found = (products * same[None, :, :, None]).sum(dim=(2, 5))
+            pairs[:, samples].add_(found, alpha=weight)
 
     def project(self, x: list[Tensor]) -> Tensor:
         """Looks up."""
