@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from neuromanifold._typing import Params
-from neuromanifold.linalg import Block, psd
-from neuromanifold.linalg.packed import WORTH_IT, pack, unpack
+from neuromanifold.linalg import Block, packed, psd
 from neuromanifold.linalg.projection import Projection
 from neuromanifold.operators import BlockMatrix, Matrices
 from neuromanifold.structures.diagonal import DiagonalMatrix
@@ -20,6 +19,7 @@ from neuromanifold.structures.eigenkronecker import EigenKroneckerMatrix, in_eig
 from neuromanifold.structures.kronecker import KroneckerMatrix
 from neuromanifold.structures.meanfield import MeanFieldMatrix
 from neuromanifold.structures.projected import ProjectedKroneckerMatrix
+from neuromanifold.structures.quasidiagonal import QuasiDiagonalMatrix
 
 __all__ = [
     "Inverse",
@@ -38,9 +38,6 @@ class Inverse(Protocol):
     @property
     def block(self) -> Block:
         """Whose inverse this is."""
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Times vectors `(R, G, O, I)`."""
 
 
 def dampings(matrices: Sequence[BlockMatrix], damping: float, relative: float) -> list[Tensor]:
@@ -79,54 +76,103 @@ class _Solve:
     def __init__(self, matrix: BlockMatrix, damping: Tensor) -> None:
         self.matrix = matrix
         self.damping = damping
-        self._solver = matrix.solver(damping)
+        self._solver = _solver(matrix, damping)
 
     @property
     def block(self) -> Block:
         return self.matrix.block
 
     def matmul(self, x: Tensor) -> Tensor:
+        """Times vectors `(R, G, O, I)`, which may be written over."""
         return self._solver(x)
 
     def __reduce__(self) -> tuple[type[_Solve], tuple[BlockMatrix, Tensor]]:
         return _Solve, (self.matrix, self.damping)
 
 
+@singledispatch
+def _solver(matrix: BlockMatrix, damping: Tensor) -> Callable[[Tensor], Tensor]:
+    """`solve`, which may write over what it is given."""
+    return matrix.solver(damping)
+
+
+@_solver.register
+def _(matrix: QuasiDiagonalMatrix, damping: Tensor) -> Callable[[Tensor], Tensor]:
+    return _BiasEliminated(matrix, damping)
+
+
+class _BiasEliminated:
+    """`(diag(d) + r rᵀ + damping)⁻¹` of each unit.
+
+    The bias is eliminated first, by hand: what is left of its diagonal may be the damping alone.
+    """
+
+    def __init__(self, matrix: QuasiDiagonalMatrix, damping: Tensor) -> None:
+        self._matrix = matrix
+        self._damping = damping
+        self._row, self._of_bias = matrix.row[..., :-1], matrix.row[..., -1:]
+        weights = (self._row.square() / self._diagonal()).sum(dim=-1, keepdim=True)
+        self._bias = matrix.rest[..., -1:] + damping
+        self._one = 1 + weights
+        self._determinant = self._bias * self._one + self._of_bias.square()
+
+    def _diagonal(self) -> Tensor:
+        return self._matrix.rest[..., :-1] + self._damping
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Times vectors `(R, G, O, I)`, which are written over."""
+        weights, bias = x[..., :-1], x[..., -1:]
+        diagonal = self._diagonal()
+        weights.div_(diagonal)
+        seen = (self._row * weights).sum(dim=-1, keepdim=True)
+        along = (self._bias * seen + self._of_bias * bias) / self._determinant
+        bias.copy_((self._one * bias - self._of_bias * seen) / self._determinant)
+        weights.addcmul_(torch.div(self._row, diagonal, out=diagonal), along, value=-1)
+        return x
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Symmetric matrices by the numbers that differ, as `packed.pack` gives them."""
+
+    numbers: Tensor
+
+
 @dataclass(frozen=True)
 class _Halved:
     """A Kronecker product of which a factor with twice the numbers of the block is kept by a half.
 
-    The wide side of a layer that is far from square takes most of the memory. To put it together
-    again in each step costs little beside the rest.
+    The wide side of a layer that is far from square takes most of the memory.
     """
 
+    kind: ClassVar[str] = KroneckerMatrix.kind
+
     block: Block
-    inputs: Tensor
-    outputs: Tensor
-    halved: tuple[bool, bool]
+    inputs: Tensor | _Half
+    outputs: Tensor | _Half
 
     @classmethod
     def of(cls, matrix: KroneckerMatrix) -> _Halved | KroneckerMatrix:
         """Nothing is halved if no factor is wide."""
         block, factors = matrix.block, (matrix.inputs, matrix.outputs)
         wide = [
-            f.ndim == 3 and f.shape[-1] >= WORTH_IT and f.numel() > 2 * block.num_parameters
+            f.ndim == 3 and f.shape[-1] >= packed.WORTH_IT and f.numel() > 2 * block.num_parameters
             for f in factors
         ]
         if not any(wide):
             return matrix
-        inputs, outputs = (pack(f) if w else f for f, w in zip(factors, wide, strict=True))
-        return cls(block, inputs, outputs, halved=(wide[0], wide[1]))
+        kept = (_Half(packed.pack(f)) if w else f for f, w in zip(factors, wide, strict=True))
+        return cls(block, *kept)
 
-    def whole(self) -> KroneckerMatrix:
-        factors = (
-            _aligned(unpack(kept)) if halved else kept
-            for kept, halved in zip((self.inputs, self.outputs), self.halved, strict=True)
-        )
-        return KroneckerMatrix(self.block, *factors)
+    @property
+    def halved(self) -> list[bool]:
+        """Whether inputs are, and outputs."""
+        return [isinstance(side, _Half) for side in (self.inputs, self.outputs)]
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.whole().matmul(x)
+    def tensors(self) -> dict[str, Tensor]:
+        """The numbers of both sides."""
+        sides = {"inputs": self.inputs, "outputs": self.outputs}
+        return {name: s.numbers if isinstance(s, _Half) else s for name, s in sides.items()}
 
 
 @singledispatch
@@ -202,89 +248,96 @@ def _of_factor(factor: Tensor | Projection, damping: Tensor) -> Tensor | Project
 def precondition(inverse: Inverse, gradients: Params) -> Params:
     """Times the gradients of all parameters of the block, by name."""
     block = inverse.block
-    parts = block.columns(gradients)
-    like = _some_numbers(inverse)
-    if block.fan_in < _WIDE and parts[0].dtype == like.dtype:
-        joined = parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=-1)
-    else:  # one copy joins the parameters, casts them and aligns their rows
-        joined = psd.aligned_empty(like, 1, *block.shape)
-        own = joined.split_with_sizes([slot.columns for slot in block.slots], dim=-1)
-        torch._foreach_copy_(own, parts)
+    # One copy joins the parameters, casts them and aligns their rows.
+    joined = _empty(_some_numbers(inverse), 1, *block.shape)
+    own = joined.split_with_sizes([slot.columns for slot in block.slots], dim=-1)
+    torch._foreach_copy_(own, block.columns(gradients))
     return block.divide(_times(inverse, joined), gradients)
 
 
 # ---- products ------------------------------------------------------------------------------------
+# Fresh memory costs more than a pass over memory that is there, so that vectors are written over.
 # A bias makes widths odd. Rows that start on cache lines save a fifth of wide products.
 
 _WIDE = 256
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """For batches of matrices `(G, ...)`."""
-    if right.shape[-1] < _WIDE:
-        return torch.mm(left[0], right[0])[None] if len(left) == 1 else left @ right
-    out = psd.aligned_empty(right, *left.shape[:-1], right.shape[-1])
-    return psd.product(left, right, out)
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised; rows start on cache lines, if they are wide."""
+    return like.new_empty(shape) if shape[-1] < _WIDE else psd.aligned_empty(like, *shape)
 
 
 @singledispatch
 def _times(inverse: Inverse, x: Tensor) -> Tensor:
     """Times one vector `(1, G, O, I)`, which may be written over."""
+    assert isinstance(inverse, (_Solve, BlockMatrix))
     return inverse.matmul(x)
 
 
 @_times.register
-def _(inverse: KroneckerMatrix, x: Tensor) -> Tensor:
-    x = _along_outputs(inverse.outputs, x[0])
-    return _along_inputs(inverse.inputs, x)[None]
+def _(inverse: DiagonalMatrix, x: Tensor) -> Tensor:
+    return x.mul_(inverse.values)
 
 
 @_times.register
-def _(inverse: _Halved, x: Tensor) -> Tensor:
-    return _times(inverse.whole(), x)
-
-
-@_times.register
-def _(inverse: ProjectedKroneckerMatrix, x: Tensor) -> Tensor:
-    x = x[0]
-    if isinstance(inverse.outputs, Projection):
-        x = _projected(inverse.outputs, x)
-    else:
-        x = _along_outputs(inverse.outputs, x)
-    if isinstance(inverse.inputs, Projection):
-        return _projected(inverse.inputs, x.mT).mT[None]
-    return _along_inputs(inverse.inputs, x)[None]
-
-
-def _projected(inverse: Projection, x: Tensor) -> Tensor:
-    """Times columns `(G, n, m)`, which are written over."""
-    along = inverse.vectors.mT @ x
-    rest = inverse.rest[:, None, None]
-    return x.mul_(rest).baddbmm_(inverse.vectors, inverse.weighted(along) - rest * along)
+def _(inverse: KroneckerMatrix | ProjectedKroneckerMatrix | _Halved, x: Tensor) -> Tensor:
+    return _in_turn(x, (_along_outputs, inverse.outputs), (_along_inputs, inverse.inputs))
 
 
 @_times.register
 def _(inverse: EigenKroneckerMatrix, x: Tensor) -> Tensor:
     outputs, inputs = inverse.outputs, inverse.inputs
-    x = x[0] if outputs is None else _along_outputs(outputs.mT, x[0])
-    x = x if inputs is None else _along_inputs(inputs, x)
-    x = x.mul_(inverse.moments)
-    x = x if inputs is None else _along_inputs(inputs.mT, x)
-    return (x if outputs is None else _along_outputs(outputs, x))[None]
+    return _in_turn(
+        x,
+        (_along_outputs, None if outputs is None else outputs.mT),
+        (_along_inputs, inputs),
+        (_entrywise, inverse.moments),
+        (_along_inputs, None if inputs is None else inputs.mT),
+        (_along_outputs, outputs),
+    )
 
 
-def _along_outputs(factor: Tensor, x: Tensor) -> Tensor:
-    """A factor `(G, O, O)`, or its diagonal, times `(G, O, I)`."""
+Factor = Tensor | Projection | _Half
+Places = tuple[Tensor, Tensor]
+"""Where `(G, O, I)` is, and as much memory that is free."""
+
+
+def _in_turn(x: Tensor, *products: tuple[Callable[[Any, Places], Places], Factor | None]) -> Tensor:
+    """Products of `(1, G, O, I)` one after the other, to and fro between two places."""
+    places = x[0], _empty(x, *x.shape[1:])
+    for times, factor in products:
+        if factor is not None:
+            places = times(factor, places)
+    return places[0][None]
+
+
+def _along_outputs(factor: Factor, places: Places) -> Places:
+    """A symmetric factor, or a basis, `(G, O, O)`, or a diagonal, times `(G, O, I)`."""
+    x, free = places
+    if isinstance(factor, Projection):
+        along = factor.vectors.mT @ x
+        rest = factor.rest[:, None, None]
+        weights = factor.weighted(along) - rest * along
+        return x.mul_(rest).baddbmm_(factor.vectors, weights), free
+    if isinstance(factor, _Half):
+        return packed.product(factor.numbers, x, free), x
     if factor.ndim == 2:
-        return factor[..., None] * x
-    return _product(factor, x)
+        return x.mul_(factor[..., None]), free
+    return psd.product(factor, x, free), x
 
 
-def _along_inputs(factor: Tensor, x: Tensor) -> Tensor:
-    """`(G, O, I)` times a symmetric factor, or a basis, `(G, I, I)`; or times a diagonal."""
-    if factor.ndim == 2:
-        return x * factor[:, None]
-    return _product(x, factor)
+def _along_inputs(factor: Factor, places: Places) -> Places:
+    """`(G, O, I)` times a symmetric factor, or a basis, `(G, I, I)`, or a diagonal."""
+    x, free = places
+    if isinstance(factor, Tensor) and factor.ndim == 3:
+        return psd.product(x, factor, free), x
+    x, free = _along_outputs(factor, (x.mT, free.mT))
+    return x.mT, free.mT
+
+
+def _entrywise(factor: Tensor, places: Places) -> Places:
+    x, free = places
+    return x.mul_(factor), free
 
 
 def _aligned(factor: Tensor) -> Tensor:
@@ -298,32 +351,24 @@ def _aligned(factor: Tensor) -> Tensor:
 
 
 def _some_numbers(inverse: Inverse) -> Tensor:
-    if isinstance(inverse, _Halved):
-        return inverse.inputs
-    return next(iter(_matrix(inverse).tensors().values()))
+    return next(iter(_kept(inverse).tensors().values()))
 
 
-def _matrix(inverse: Inverse) -> BlockMatrix:
-    matrix = inverse.matrix if isinstance(inverse, _Solve) else inverse
-    assert isinstance(matrix, BlockMatrix)
-    return matrix
+def _kept(inverse: Inverse) -> BlockMatrix | _Halved:
+    kept = inverse.matrix if isinstance(inverse, _Solve) else inverse
+    assert isinstance(kept, (BlockMatrix, _Halved))
+    return kept
 
 
 def to_state(inverse: Inverse) -> dict[str, Any]:
     """Plain numbers and tensors."""
-    if isinstance(inverse, _Halved):
-        kind, damping, halved = KroneckerMatrix.kind, None, inverse.halved
-        tensors = {"inputs": inverse.inputs, "outputs": inverse.outputs}
-    else:
-        matrix = _matrix(inverse)
-        kind, tensors, halved = matrix.kind, matrix.tensors(), (False, False)
-        damping = inverse.damping if isinstance(inverse, _Solve) else None
+    kept = _kept(inverse)
     return {
-        "kind": kind,
+        "kind": kept.kind,
         "block": inverse.block.to_dict(),
-        "tensors": tensors,
-        "damping": damping,
-        "halved": list(halved),
+        "tensors": kept.tensors(),
+        "damping": inverse.damping if isinstance(inverse, _Solve) else None,
+        "halved": kept.halved if isinstance(kept, _Halved) else [False, False],
     }
 
 
@@ -331,13 +376,14 @@ def from_state(entry: Mapping[str, Any], device: torch.device) -> Inverse:
     """The inverse of `to_state`."""
     block, tensors = Block.from_dict(entry["block"]), entry["tensors"]
     if any(entry["halved"]):
-        inputs, outputs = (
-            kept.to(device, copy=True) if halved else _aligned(kept.to(device))
-            for kept, halved in zip(
-                (tensors["inputs"], tensors["outputs"]), entry["halved"], strict=True
-            )
+        sides = zip((tensors[name] for name in _FACTORS), entry["halved"], strict=True)
+        return _Halved(
+            block,
+            *(
+                _Half(kept.to(device, copy=True)) if halved else _aligned(kept.to(device))
+                for kept, halved in sides
+            ),
         )
-        return _Halved(block, inputs, outputs, halved=(entry["halved"][0], entry["halved"][1]))
     tensors = {
         # In the same places of memory as before, so that products round the same.
         name: _aligned(value.to(device)) if name in _FACTORS else value.to(device, copy=True)

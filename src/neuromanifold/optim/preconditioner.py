@@ -314,6 +314,7 @@ class Preconditioner:
         """Names of the parameters that there is an inverse for."""
         return self._covered
 
+    @torch.no_grad()
     def precondition(self, gradients: Params) -> Params:
         """`(F + damping)⁻¹` times gradients; those of parameters without curvature are left out.
 

@@ -240,7 +240,7 @@ class MeanFieldMatrix(BlockMatrix):
         The bias is eliminated by hand, so that nothing is divided by the damping alone; what is
         left is a diagonal plus rank two.
         """
-        return self.solver(damping)(x)
+        return self.solver(damping)(x.clone())
 
     def solver(self, damping: float | Tensor) -> MeanFieldInverse:
         """What solves with one damping have in common."""
@@ -331,7 +331,8 @@ class MeanFieldMatrix(BlockMatrix):
 
     def unscaled_direction(self) -> tuple[Tensor, Tensor]:
         """The vectors c, times a number for each unit, and that number `(G, O, 1)`."""
-        return self.variance[:, None] * self.weight, self._spread
+        weight = self.weight.to(self.variance.dtype, copy=True)
+        return weight.mul_(self.variance[:, None]), self._spread
 
     @cached_property
     def _spread(self) -> Tensor:
@@ -372,7 +373,7 @@ class MeanFieldInverse:
     """`(G + damping)⁻¹`, with what does not depend on the vector worked out.
 
     The bias is eliminated by hand, so that nothing is divided by the damping alone; what is left is
-    a diagonal `d = α_0 s + λ` plus rank two. Vectors are passed over nine times.
+    a diagonal `d = α_0 s + λ` plus rank two.
     """
 
     def __init__(self, matrix: MeanFieldMatrix, damping: float | Tensor) -> None:
@@ -409,11 +410,11 @@ class MeanFieldInverse:
         return torch.addcmul(self._damping, self.matrix.alphas[0], self._variance)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Times vectors `(R, G, O, I)`."""
+        """Times vectors `(R, G, O, I)`, which are written over."""
         matrix = self.matrix
         xw, xb = matrix.split(x)
         d, (c, spread) = self._diagonal(), matrix.unscaled_direction()
-        y = xw / d
+        y = xw.div_(d)
         along_m = y @ matrix.mean[..., None]
         along_c = (y * c).sum(dim=-1, keepdim=True) / spread
         if matrix.block.biased:  # the gradient without what the bias explains
@@ -429,7 +430,12 @@ class MeanFieldInverse:
             xb = inverse * xb - of_bias_m * left_m - of_bias_c * left_c
             of_m, of_c = of_m + shift_m, of_c + shift_c
         moved = (of_m * matrix.mean[:, None]).addcmul_(of_c / spread, c)
-        return matrix.joined(y.addcdiv_(moved, d, value=-1), xb)
+        y.addcdiv_(moved, d, value=-1)
+        if matrix.basis is not None:
+            x[..., : y.shape[-1]] = y @ matrix.basis.mT
+        if matrix.block.biased:
+            x[..., -1:] = xb
+        return x
 
     def _minus(
         self, along_m: Tensor, along_c: Tensor, of_m: Tensor, of_c: Tensor
