@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import crowded, interleave, quartiles, write_results
+from benchmarks.harness import CPU, clock_of, crowded, interleave, quartiles, write_results
 from neuromanifold.belief.datasets import BinaryDigits, binarised_digits, lines
 from neuromanifold.belief.machines import HelmholtzMachine, RecognitionNetwork
 from neuromanifold.belief.networks import LayeredNetwork, SigmoidBeliefNetwork
@@ -276,13 +276,15 @@ def show_digits(console: Console, rows: list[dict[str, Any]]) -> None:
 # ---- cost ----------------------------------------------------------------------------------
 
 
-def cost(rounds: int, blocks: Blocks) -> dict[str, Any]:
+def cost(rounds: int, blocks: Blocks, device: torch.device = CPU) -> dict[str, Any]:
     """A natural update, its share of a refresh included, in units of a plain one."""
-    generator = torch.Generator().manual_seed(0)
-    v = 2.0 * torch.randint(2, (BATCH, COST_SIZES[-1]), generator=generator) - 1
+    generator = torch.Generator(device).manual_seed(0)
+    v = 2.0 * torch.randint(2, (BATCH, COST_SIZES[-1]), generator=generator, device=device) - 1
     trainings = {}
     for natural in (False, True):
-        machine = HelmholtzMachine(COST_SIZES, coding=(-1, 1), bias=-1, generator=generator)
+        machine = HelmholtzMachine(
+            COST_SIZES, coding=(-1, 1), bias=-1, generator=generator, device=device
+        )
         trainings[natural] = ReweightedWakeSleep(
             machine,
             lr=0.002,
@@ -304,10 +306,9 @@ def cost(rounds: int, blocks: Blocks) -> dict[str, Any]:
         "plain": partial(plain.step, v),
         "frozen": partial(update, refresh=False),
     }
-    seconds = interleave(tasks, rounds, time.process_time)
-    refreshes = interleave(
-        {"refresh": partial(update, refresh=True)}, max(rounds // 10, 1), time.process_time
-    )
+    clock = time.process_time if device.type == "cpu" else clock_of(device)
+    seconds = interleave(tasks, rounds, clock)
+    refreshes = interleave({"refresh": partial(update, refresh=True)}, max(rounds // 10, 1), clock)
     unit = statistics.median(seconds["plain"])
     refresh = statistics.median(refreshes["refresh"])
     share = (refresh / unit - 1) / PERIOD

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
-from benchmarks.harness import interleave, peak_memory, quartiles, write_results
+from benchmarks.harness import RETURN_FREED, interleave, peak_memory, quartiles, write_results
 from benchmarks.workloads import WORKLOADS, Batch, forward_backward
 
 ROUNDS = 9
@@ -243,8 +243,6 @@ def check(workload: str) -> None:
 
 # --- measurement, each in a process of its own ---------------------------------------------------
 
-# Freed tensors leave the resident set at once, so that its peak is what is alive.
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 # Freed tensors stay, so that no page is mapped again: only work is timed.
 KEEP_FREED = {
     name: str(2**32)

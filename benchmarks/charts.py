@@ -9,7 +9,7 @@ import altair as alt
 
 from benchmarks.suite import OURS
 
-__all__ = ["bar_of_step", "bars_of", "growth", "ratios"]
+__all__ = ["bar_of_peak", "bar_of_step", "bars_of", "growth", "ratios"]
 
 Row = dict[str, Any]
 KINDS = ("ours", "others")
@@ -39,6 +39,17 @@ def bar_of_step(result: Mapping[str, Any]) -> Row:
         "kind": KINDS[result["by"] != OURS],
         "ratio": result["mean"],
         "target": result["target"],
+        "floor": None,
+    }
+
+
+def bar_of_peak(result: Mapping[str, Any], who: str, ratio: float) -> Row:
+    """Of one library's memory for a quantity."""
+    return {
+        "who": f"{result['workload']}  {result['quantity']}: {who}",
+        "kind": KINDS[who != OURS],
+        "ratio": ratio,
+        "target": None,
         "floor": None,
     }
 

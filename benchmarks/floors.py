@@ -23,6 +23,7 @@ __all__ = [
     "Floor",
     "counts",
     "diagonal",
+    "error_bars",
     "exact_diagonal",
     "first_product",
     "gram",
@@ -30,6 +31,7 @@ __all__ = [
     "kronecker",
     "operations",
     "product",
+    "quasidiagonal",
 ]
 
 
@@ -131,11 +133,22 @@ def diagonal(c: Counts) -> int:
     return c.forward + c.inputs + c.weights
 
 
+def quasidiagonal(c: Counts) -> int:
+    """A product more where T = 1; elsewhere it is a sum of per-sample gradients."""
+    return diagonal(c) + sum(x.forward for x in c.layers if x.positions == 1)
+
+
 def exact_diagonal(c: Counts) -> int:
     """C − 1 columns go back; where T = 1 their squares are added before the product."""
     columns = c.classes - 1
     weights = sum(x.forward * (1 if x.positions == 1 else columns) for x in c.layers)
     return c.forward + columns * c.inputs + weights
+
+
+def error_bars(c: Counts) -> int:
+    """Where T = 1, fourth powers of inputs take a product as well; else both share gradients."""
+    fourth = sum(x.forward for x in c.layers if x.positions == 1)
+    return exact_diagonal(c) + fourth
 
 
 def first_product(c: Counts) -> int:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from benchmarks import charts
 from benchmarks.rows import CALLS
-from benchmarks.verdicts import Standing, standing
+from benchmarks.verdicts import Standing, peaks, standing
 from neuromanifold._extras import require_extra
 
 __all__ = ["write_page"]
@@ -21,18 +21,14 @@ Result = Mapping[str, Any]
 
 
 def write_page(results: Path) -> Path:
-    """Draw what a JSON file of the suite holds, beside it; slopes too if they were measured.
+    """Draw what a JSON file of the suite holds, beside it.
 
     Needs the report extra: jinja2, altair and vl-convert-python.
     """
     require_extra("report", "jinja2", "altair", "vl_convert")
     from neuromanifold.report.render import fill
 
-    found = json.loads(results.read_text())
-    slopes = results.with_name("slopes.json")
-    model = _suite(found)
-    if slopes.exists():
-        model["sections"] += _slopes(json.loads(slopes.read_text())["rows"])
+    model = _suite(json.loads(results.read_text()))
     page = fill("speed.html", templates=TEMPLATES, title="What it costs", models=[model])
     path = results.with_suffix(".html")
     path.write_text(page)
@@ -47,8 +43,11 @@ def _suite(found: Mapping[str, Any]) -> dict[str, Any]:
     if found["crowded_at_start"]:
         notes.append("Others used this machine: times mean nothing.")
     sections = [_section(name, results) for name, results in by_quantity.items()]
+    if found.get("memory"):
+        sections.append(_memory(found["memory"]))
     if found.get("steps"):
         sections.append(_steps(found["steps"]))
+    sections += _slopes(found.get("slopes", []))
     return {
         "id": "speed",
         "name": "Ours and others",
@@ -129,6 +128,8 @@ def _sentence(workload: str, found: Standing) -> str:
     words = f"{workload}: {found.ours[1]:.2f}"
     if found.best is not None and found.lead is not None:
         words += f", {found.lead:.2g} times as fast as {found.best}"
+    if found.below_floor:
+        words += "; the target is below the floor"
     return f"{words}."
 
 
@@ -141,6 +142,28 @@ def _table(results: Sequence[Result]) -> dict[str, Any]:
             rows.append([result["workload"], who, answer["problem"], median, low, high])
     head = ("workload", "library", "problem", "median", "lower quartile", "upper quartile")
     return {"caption": results[0]["form"], "head": head, "rows": rows, "num_names": 3}
+
+
+def _memory(results: Sequence[Result]) -> dict[str, Any]:
+    says = "Peaks of single calls, each in a process of its own, in that of forward and backward."
+    bars, rows = [], []
+    for result in results:
+        found = peaks(result)
+        bars += [charts.bar_of_peak(result, who, ratio) for who, ratio in found.items()]
+        for who, answer in result["answers"].items():
+            peak = f"{found[who]:.2f}" if who in found else "–"
+            where = result["workload"], result["quantity"]
+            rows.append([*where, who, answer["problem"], peak])
+    head = ("workload", "quantity", "library", "problem", "peak")
+    return {
+        "key": "memory",
+        "title": "Peak memory",
+        "says": says,
+        "advice": "What is kept between calls counts, the model and its batch do not.",
+        "reading": "",
+        "chart": charts.ratios(bars, says),
+        "table": {"caption": "Peaks", "head": head, "rows": rows, "num_names": 4},
+    }
 
 
 def _steps(results: Sequence[Result]) -> dict[str, Any]:

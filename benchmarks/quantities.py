@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.reference import Reference
+from benchmarks.reference import Probed, Reference
 from benchmarks.workloads import DAMPING
 
-__all__ = ["QUANTITIES", "Drawn", "Quantity", "check", "check_drawn"]
+__all__ = ["PROBES", "QUANTITIES", "STEPS", "Drawn", "Quantity", "check", "check_drawn"]
 
 ROUNDINGS = 10.0
 """How much more than float32 does to the gradient of the loss it may do to an answer."""
@@ -35,6 +35,10 @@ ITERATED = 1e-3
 """What iterations are asked for."""
 
 STANDARD_ERRORS = 6.0
+
+PROBES, STEPS = 4, 16
+"""Random vectors of a spectral density, and products with each: enough for the largest eigenvalue
+to be as accurate as iterations are asked to be."""
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """A and G by layer."""
@@ -105,7 +109,7 @@ def _require_close(answer: Tensor, expected: Tensor, bound: float, where: str = 
     assert answer.shape == expected.shape, (
         f"{where}shape {tuple(answer.shape)}, expected {tuple(expected.shape)}."
     )
-    error = float((answer.double() - expected).norm())
+    error = float((answer.to(expected) - expected).norm())
     assert error <= bound, (
         f"{where}off by {error / float(expected.norm()):.1e} of its norm, "
         f"allowed {bound / float(expected.norm()):.1e}."
@@ -128,13 +132,13 @@ def same_factors(answer: Factors, expected: Factors, rounding: float) -> None:
     for name, sides in expected.items():
         assert name in answer, f"{name} is missing."
         for side, given, right in zip("AG", answer[name], sides, strict=True):
-            part, mine = right[: len(given), : len(given)], given.double()
+            part, mine = right[: len(given), : len(given)], given.to(right)
             _require_close(mine / mine.norm(), part / part.norm(), rounding, f"{name}, {side}: ")
 
 
 def solves(answer: Tensor, reference: Reference, rounding: float) -> None:
     """Residual of the exact Fisher."""
-    x = answer.double()
+    x = answer.to(reference.direction)
     left = reference.exact_product(x) + DAMPING * x
     v = reference.direction
     _require_close(left, v, max(rounding, ITERATED) * float(v.norm()), "residual: ")
@@ -144,6 +148,19 @@ def within_percents(answer: Tensor, expected: Tensor, rounding: float) -> None:
     """An estimate with a standard error of 1 %."""
     error = float((torch.as_tensor(answer).double().cpu() - expected.cpu()) / expected.cpu())
     assert abs(error) <= 0.01 * STANDARD_ERRORS + rounding, f"off by {error:.1%}."
+
+
+def same_density(answer: Mapping[str, Tensor], expected: Probed, rounding: float) -> None:
+    """Its upper end, and its mean, which is known from other probes."""
+    nodes, weights = (answer[key].double().to(expected.largest) for key in ("nodes", "weights"))
+    assert nodes.shape == weights.shape == (PROBES, STEPS), (
+        f"shapes {tuple(nodes.shape)} and {tuple(weights.shape)}, expected {(PROBES, STEPS)}."
+    )
+    close_as_iterated(nodes.amax(dim=1), expected.largest.expand(PROBES), rounding)
+    draws = expected.draws
+    stderr = float(draws.std()) * math.sqrt(1 / PROBES + 1 / len(draws))
+    error = float((nodes * weights).sum(dim=1).mean() - draws.mean())
+    assert abs(error) <= STANDARD_ERRORS * stderr, f"mean off by {error / stderr:.0f} errors."
 
 
 # --- totals ------------------------------------------------------------------------------------
@@ -206,7 +223,7 @@ QUANTITIES = {
     ),
     "Gram matrix, NTK": Quantity(
         "inner products of the samples' gradients with labels; (N, N)",
-        Reference.gram,
+        lambda reference: reference.gram,
         close,
         Tensor.trace,
     ),
@@ -214,6 +231,18 @@ QUANTITIES = {
         "of F, exact, descending, to a relative accuracy of 1e-3; (10,)",
         lambda reference: reference.largest(10),
         close_as_iterated,
+    ),
+    "spectral density": Quantity(
+        f"of F, exact, by Lanczos' quadrature: mapping of nodes and weights, ({PROBES}, {STEPS}) "
+        "for as many random vectors and products with each",
+        Reference.probed,
+        same_density,
+    ),
+    "diagonal, error bars": Quantity(
+        "diag F, exact, and 'NAME, variance', that of the diagonal with one label per input; by "
+        "name, shaped like the parameters",
+        lambda reference: reference.diagonal_and_variance,
+        close_by_name,
     ),
     "damped solve, first": Quantity(
         "x with (F + DAMPING) x = v, F with labels, with all set-up, to 1e-3; (P,)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -14,7 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.workloads import DAMPING, Batch, direction
 
-__all__ = ["Reference", "Sides", "reference"]
+__all__ = ["Probed", "Reference", "Sides", "reference"]
+
+SOME_SAMPLES = 8
+"""Whose gradients are kept for all labels at once."""
+
+PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,19 @@ class Sides:
 
     a: Tensor
     g: Tensor
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a spectral density has to agree with.
+
+    Attributes:
+        largest: the largest eigenvalue, a scalar.
+        draws: means of all eigenvalues by single probes, (PROBES,).
+    """
+
+    largest: Tensor
+    draws: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class Reference:
         """Mean squares."""
         return {name: g.square().mean(0) for name, g in self.gradients.items()}
 
+    @cached_property
     def gram(self) -> Tensor:
         """Inner products of the gradients, (N, N): F is their mean outer product."""
         flat = (g.flatten(1) for g in self.gradients.values())
@@ -63,7 +82,7 @@ class Reference:
 
     def eigenvalues(self) -> Tensor:
         """Those of F that can be non-zero, descending."""
-        return torch.linalg.eigvalsh(self.gram() / self._count).flip(0)
+        return torch.linalg.eigvalsh(self.gram / self._count).flip(0)
 
     def product(self) -> Tensor:
         """F v, (P,)."""
@@ -72,7 +91,7 @@ class Reference:
     def solve(self) -> Tensor:
         """Woodbury's formula for (F + damping) x = v."""
         v, count = self.direction, self._count
-        inner = self.gram() + DAMPING * count * torch.eye(count, device=v.device)
+        inner = self.gram + DAMPING * count * torch.eye(count, device=v.device)
         seen = torch.linalg.solve(inner, self._projected(v))
         return (v - self._combined(seen)) / DAMPING
 
@@ -179,13 +198,32 @@ class Reference:
 
     def exact_diagonal(self) -> dict[str, Tensor]:
         """Expected squares over all labels; outputs at one position only."""
+        return {name: self.diagonal_and_variance[name] for name in self._named}
+
+    @cached_property
+    def diagonal_and_variance(self) -> dict[str, Tensor]:
+        """The same, and 'NAME, variance', that of their mean with one label per sample."""
+        squares = {name: torch.zeros_like(p) for name, p in self._named.items()}
+        variances = {f"{name}, variance": torch.zeros_like(x) for name, x in squares.items()}
+        for first in range(0, self._count, SOME_SAMPLES):
+            batch = replace(self.batch, inputs=self.batch.inputs[first : first + SOME_SAMPLES])
+            some = replace(self, batch=batch, labels=self.labels[first : first + SOME_SAMPLES])
+            for name, (second, fourth) in some._moments().items():
+                squares[name] += second.sum(0) / self._count
+                variances[f"{name}, variance"] += (fourth - second.square()).sum(0)
+        return squares | {name: v / self._count**2 for name, v in variances.items()}
+
+    def _moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Second and fourth moments of each sample's gradients."""
         with torch.no_grad():
-            probabilities = self.batch.model(self.batch.inputs).softmax(-1)
-        total = {name: torch.zeros_like(p) for name, p in self._named.items()}
-        for label, weight in enumerate(probabilities.unbind(-1)):
-            for name, g in self._gradients(torch.full_like(self.labels, label)).items():
-                total[name] += torch.einsum("n,n...->...", weight / self._count, g.square_())
-        return total
+            p = self.batch.model(self.batch.inputs).softmax(-1)
+        each = [self._gradients(torch.full_like(self.labels, c)) for c in range(p.shape[-1])]
+        found = {}
+        for name in self._named:
+            squares = torch.stack([g[name] for g in each]).square_()
+            second = torch.einsum("nc,cn...->n...", p, squares)
+            found[name] = second, torch.einsum("nc,cn...->n...", p, squares.square_())
+        return found
 
     def exact_trace(self) -> Tensor:
         """Sum of the exact diagonal."""
@@ -218,6 +256,14 @@ class Reference:
         operator = LinearOperator((size, size), matvec=product, dtype="float64")
         values = eigsh(operator, k, v0=start, tol=1e-6, return_eigenvectors=False)
         return torch.tensor(sorted(values, reverse=True), device=self.batch.device)
+
+    def probed(self) -> Probed:
+        """The largest eigenvalue, and means of all from random signs."""
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (PROBES, len(self.direction)), generator=generator)
+        probes = (2 * signs - 1).to(self.direction)
+        draws = torch.stack([v @ self.exact_product(v) for v in probes])
+        return Probed(self.largest(1)[0], draws / len(self.direction))
 
     # --- vectors ---------------------------------------------------------------------------------
 

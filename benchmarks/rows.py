@@ -16,6 +16,7 @@ from torch import Tensor
 
 import neuromanifold as nm
 from benchmarks import floors
+from benchmarks.quantities import PROBES, STEPS
 from benchmarks.workloads import DAMPING, Batch, direction
 from neuromanifold.operators import BlockOperator
 from neuromanifold.structures import Structure
@@ -155,6 +156,15 @@ def largest(batch: Batch, _: torch.Generator) -> Callable[[], Tensor]:
     return run
 
 
+def density(batch: Batch, generator: torch.Generator) -> Callable[[], dict[str, Tensor]]:
+    def run() -> dict[str, Tensor]:
+        F = nm.spectral.operator(batch.model, LIKELIHOOD, batch.inputs)
+        found = nm.spectral.density(F, PROBES, STEPS, generator=generator)
+        return {"nodes": found.nodes, "weights": found.weights}
+
+    return run
+
+
 def first_solve(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
     v = direction(batch)
     return lambda: measured(nm.Gram())(batch, generator).solve(v, damping=DAMPING)
@@ -197,6 +207,17 @@ def trace(batch: Batch, generator: torch.Generator) -> Callable[[], Tensor]:
     return run
 
 
+def error_bars(batch: Batch, _: torch.Generator) -> Callable[[], dict[str, Tensor]]:
+    def run() -> dict[str, Tensor]:
+        found = nm.variance.diagonal(batch.model, LIKELIHOOD, batch.inputs)
+        value, variance = found.value, found.variances["labels"]
+        assert isinstance(value, dict)
+        assert isinstance(variance, dict)
+        return {**value, **{f"{name}, variance": v for name, v in variance.items()}}
+
+    return run
+
+
 # --- the rows ----------------------------------------------------------------------------------
 
 BY_SAMPLES = partial(repeated_product, structure=nm.Gram(), exact=False)
@@ -224,7 +245,9 @@ ROWS = [
     *_everywhere(
         "diagonal, exact", partial(diagonal, exact=True), floors.exact_diagonal, None, None
     ),
-    *_everywhere("quasi-diagonal", measurement(nm.QuasiDiagonal()), floors.diagonal, None, None),
+    *_everywhere(
+        "quasi-diagonal", measurement(nm.QuasiDiagonal()), floors.quasidiagonal, None, None
+    ),
     Row("W1", "Kronecker solve", kronecker_solve),
     Row("W2", "Kronecker solve", kronecker_solve),
     Row("W1", "EK-FAC fit", measurement(nm.EigenKronecker())),
@@ -234,6 +257,9 @@ ROWS = [
     Row("W1", "Gram spectrum, all eigenvalues", gram_spectrum, 2.2),
     Row("W1", "Gram matrix, NTK", gram_matrix, None, floors.gram),
     Row("W1", "top-10 eigenvalues", largest),
+    Row("W1", "spectral density", density),
+    Row("W1", "diagonal, error bars", error_bars, None, floors.error_bars),
+    Row("W2", "diagonal, error bars", error_bars, None, floors.error_bars),
     Row("W1", "damped solve, first", first_solve, 4.0),
     Row("W1", "damped solve, further", further_solve, 2.0),
     Row("W1", "damped solve, exact Fisher", exact_solve),
@@ -256,6 +282,9 @@ CALLS = {
     "Gram spectrum, all eigenvalues": "nm.fisher(model, likelihood, x, nm.Gram()).eigenvalues()",
     "Gram matrix, NTK": "nm.fisher(model, likelihood, x, nm.Gram()).gram",
     "top-10 eigenvalues": "nm.spectral.extremes(nm.spectral.operator(model, likelihood, x), 10)",
+    "spectral density": "F = nm.spectral.operator(model, likelihood, x); "
+    "nm.spectral.density(F, probes=4, steps=16)",
+    "diagonal, error bars": 'nm.variance.diagonal(model, likelihood, x).error("labels")',
     "damped solve, first": "nm.fisher(model, likelihood, x, nm.Gram()).solve(v, damping=0.01)",
     "damped solve, further": "F.solve(v, damping=0.01)",
     "damped solve, exact Fisher": "F = nm.fisher(model, likelihood, x, nm.Implicit(), "

@@ -1,15 +1,13 @@
-"""`python -m benchmarks.slopes`: how cost grows with width, depth, batch, classes and length.
+"""How cost grows with width, depth, batch, classes and length.
 
 Each quantity is timed at five sizes, everything else fixed; a line through the logarithms has the
-slope, with the standard error of the fit. BENCH: `smoke`, `quick` (the default) or `full`.
+slope, with the standard error of the fit.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +15,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import neuromanifold as nm
-from benchmarks.harness import crowded, interleave, write_results
+from benchmarks.harness import clock_of, interleave
+from benchmarks.progress import Progress
 from benchmarks.rows import LIKELIHOOD
 from benchmarks.workloads import GPT, Batch, direction, forward_backward
 
-ROUNDS = {"smoke": 2, "quick": 7, "full": 31}
+__all__ = ["AXES", "Axis", "guesses", "measure", "slope"]
+
+SECONDS_OF_ROUND = 0.5
+"""Of all sizes and quantities, about."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,18 @@ QUANTITIES: dict[str, Callable[[Batch], Callable[[], object]]] = {
 }
 
 
-def measure(axis: Axis, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    axis: Axis, rounds: int, device: torch.device, progress: Progress
+) -> list[dict[str, Any]]:
     """Median seconds of every quantity at every size, and their slopes."""
+    progress.start(_part(axis))
+    clock = time.process_time if device.type == "cpu" else clock_of(device)
     seconds: dict[str, list[float]] = {name: [] for name in QUANTITIES}
     for size in axis.sizes:
         torch.manual_seed(0)
-        batch = axis.build(size)
+        batch = axis.build(size).to(device)
         tasks = {name: prepare(batch) for name, prepare in QUANTITIES.items()}
-        times = interleave(tasks, rounds, time.process_time)
+        times = interleave(tasks, rounds, clock)
         for name, found in times.items():
             seconds[name].append(statistics.median(found))
     return [
@@ -125,6 +129,15 @@ def measure(axis: Axis, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+def guesses(axis: Axis, rounds: int) -> dict[str, float]:
+    """Seconds that `measure` may take, by the name that it has there."""
+    return {_part(axis): (rounds + 3) * SECONDS_OF_ROUND}
+
+
+def _part(axis: Axis) -> str:
+    return f"slopes with {axis.name}"
+
+
 def slope(sizes: tuple[int, ...], seconds: list[float]) -> dict[str, float]:
     """Of the line through log seconds against log size, with the standard error of the fit."""
     x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
@@ -133,34 +146,3 @@ def slope(sizes: tuple[int, ...], seconds: list[float]) -> dict[str, float]:
     spread = sum((a - statistics.mean(x)) ** 2 for a in x)
     variance = sum(r**2 for r in rest) / (len(x) - 2)
     return {"slope": line.slope, "stderr": math.sqrt(variance / spread)}
-
-
-def show(rows: list[dict[str, Any]]) -> Table:
-    table = Table("with", "network", "quantity", "slope", "ms", title="Slopes of log time")
-    for row in rows:
-        table.add_row(
-            row["axis"],
-            row["network"],
-            row["quantity"],
-            f"{row['slope']:.2f} ± {row['stderr']:.2f}",
-            " ".join(f"{1e3 * s:.3g}" for s in row["seconds"]),
-        )
-    return table
-
-
-def main() -> None:
-    """Time, print and store."""
-    mode = os.environ.get("BENCH", "quick")
-    if mode not in ROUNDS:
-        sys.exit(f"BENCH={mode!r} is not a mode; choose one of {', '.join(ROUNDS)}.")
-    busy, console, rows = crowded(), Console(), []
-    for axis in AXES:
-        with console.status(axis.name):
-            rows += measure(axis, ROUNDS[mode])
-    console.print(show(rows))
-    path = write_results("slopes", {"mode": mode, "crowded_at_start": busy, "rows": rows})
-    console.print(f"All sizes: {path.name}; `python -m benchmarks` draws them on its page.")
-
-
-if __name__ == "__main__":
-    main()

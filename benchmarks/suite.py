@@ -2,50 +2,68 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 
 from benchmarks import floors
-from benchmarks.harness import clock_of, interleave, quartiles
+from benchmarks.harness import (
+    Guarded,
+    clock_of,
+    described,
+    first_line,
+    interleave,
+    quartiles,
+)
 from benchmarks.peers import Peer
-from benchmarks.quantities import QUANTITIES, Drawn, check, check_drawn
+from benchmarks.progress import Progress
+from benchmarks.quantities import QUANTITIES, Drawn, Quantity, check, check_drawn
 from benchmarks.reference import Reference, reference
 from benchmarks.rows import LIKELIHOOD, Row
 from benchmarks.workloads import WORKLOADS, Batch, forward_backward
 
-__all__ = ["MODES", "OURS", "Mode", "Scene", "measure"]
+__all__ = ["MODES", "OURS", "UNIT", "Mode", "Scene", "guesses", "measure", "unit_seconds"]
 
 OURS = "neuromanifold"
 UNIT = "forward + backward"
 SEED = 0
+USUAL = 3.0
+"""Units that a task takes, to guess how long a run will."""
 DRAWS = 8
 """Of labels, to judge a library that draws its own."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How often calls are timed.
+    """How often calls are timed, and how long that may take.
 
     Attributes:
-        rounds: of most.
-        slow_rounds: of those that take more than SLOW units.
+        rounds: of every task that is fast enough.
+        seconds: that all rounds of a task may take, but there are at least LEAST_ROUNDS. A task
+            whose first call takes longer is not called again.
         step_rounds: of optimizer steps.
     """
 
     rounds: int
-    slow_rounds: int
+    seconds: float
     step_rounds: int
 
+    def rounds_of(self, seconds: float) -> int:
+        """Of a task that takes some seconds."""
+        return max(LEAST_ROUNDS, min(self.rounds, int(self.seconds / seconds)))
 
-MODES = {"smoke": Mode(3, 3, 3), "quick": Mode(9, 3, 50), "full": Mode(31, 9, 200)}
-SLOW = 25.0
-ONCE = 250.0
-"""Units from which the first call is all that is timed."""
+
+MODES = {
+    "smoke": Mode(rounds=3, seconds=3.0, step_rounds=3),
+    "quick": Mode(rounds=9, seconds=10.0, step_rounds=50),
+    "full": Mode(rounds=31, seconds=100.0, step_rounds=200),
+}
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,9 @@ class Scene:
 
     workload: str
     device: torch.device
+    _answers: dict[Callable[[Reference], Any], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def batch(self) -> Batch:
@@ -75,6 +96,17 @@ class Scene:
     def reference(self) -> Reference:
         """For these labels."""
         return reference(self.batch, self.labels)
+
+    def expected(self, quantity: Quantity) -> Any:
+        """By the reference; quantities that ask it for the same thing share the answer."""
+        if quantity.expected not in self._answers:
+            self._answers[quantity.expected] = quantity.expected(self.reference)
+        return self._answers[quantity.expected]
+
+    def forget(self) -> None:
+        """Free what the reference takes."""
+        self.__dict__.pop("reference", None)
+        self._answers.clear()
 
     def other_references(self) -> Iterator[Reference]:
         """For other labels, one at a time."""
@@ -99,42 +131,64 @@ class Attempt:
         who: its name.
         row: what it is to compute.
         prepare: makes the timed call.
-        task: the timed call; None if it failed.
-        problem: what failed, or is wrong with the answer; "" if nothing.
-        first_seconds: of the first call.
+        task: the timed call; it may have failed.
+        problem: what is wrong with the answer, or what failed; "" if nothing.
+        seconds: of the latest call.
+        once: whether it is too slow to be called again.
     """
 
     who: str
     row: Row
     prepare: Callable[[], Callable[[], Any]]
-    task: Callable[[], Any] | None = None
+    task: Guarded | None = None
     problem: str = ""
-    first_seconds: float = 0.0
+    seconds: float = 0.0
+    once: bool = False
 
     @property
     def name(self) -> str:
         """Unique on a workload."""
         return f"{self.row.quantity}: {self.who}"
 
-    def make(self, scene: Scene, expected: Callable[[], Any]) -> None:
-        """Prepare, run once, and check the answer: it is the one with the reference's labels."""
-        clock, quantity = clock_of(scene.device), QUANTITIES[self.row.quantity]
-        try:
-            task = self.prepare()
-            start = clock()
-            answer = task()
-            self.first_seconds = clock() - start
-        except Exception as error:  # whatever a peer raises is its result
-            self.problem = f"{type(error).__name__}: {_first_line(error)}"
+    @property
+    def works(self) -> bool:
+        """Whether it gives an answer, right or wrong."""
+        return self.task is not None and not self.task.problem
+
+    def make(self, scene: Scene, longest: float) -> None:
+        """Prepare, run, check the answer, and run again.
+
+        What takes longer than `longest` seconds is not called again.
+        """
+        prepared = Guarded(self.prepare)
+        task = prepared()
+        self.problem = prepared.problem
+        if self.problem:
             return
-        self.task = task
+        self.task = Guarded(task)
+        answer = self._timed(clock_of(scene.device))
+        if not self.works:
+            return
+        quantity = QUANTITIES[self.row.quantity]
         try:
             if isinstance(answer, Drawn):
                 check_drawn(quantity, answer, scene.other_references())
             else:
-                check(quantity, answer, expected(), scene.reference)
+                check(quantity, answer, scene.expected(quantity), scene.reference)
+        except AssertionError as error:
+            self.problem = f"wrong: {first_line(error)}"
         except Exception as error:  # an answer of another form may fail anywhere in the check
-            self.problem = f"wrong: {_first_line(error)}"
+            self.problem = f"not checked: {described(error)}"
+        self.once = self.seconds > longest
+        if not self.once:
+            self._timed(clock_of(scene.device))
+
+    def _timed(self, clock: Callable[[], float]) -> Any:
+        assert self.task is not None
+        start = clock()
+        answer = self.task()
+        self.seconds = clock() - start
+        return answer
 
 
 def measure(
@@ -143,28 +197,43 @@ def measure(
     peers: Sequence[Peer],
     mode: Mode,
     device: torch.device,
-    tell: Callable[[str], None],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """All rows of one workload, by everyone who has them, in units of forward and backward."""
     scene = Scene(workload, device)
     attempts = []
-    for row in rows:
-        expected = cache(partial(QUANTITIES[row.quantity].expected, scene.reference))
-        for attempt in _attempts(row, peers, scene):
-            tell(f"{workload}: {attempt.name}")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                attempt.make(scene, expected)
-            attempts.append(attempt)
-    del expected, scene.__dict__["reference"]
-    tell(f"{workload}: timing")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        for row in rows:
+            for attempt in _attempts(row, peers, scene):
+                progress.start(f"{workload}: {attempt.name}")
+                attempt.make(scene, mode.seconds)
+                attempts.append(attempt)
+        scene.forget()
+        progress.start(f"{workload}: timing", _seconds(attempts, mode))
         times = _times(attempts, scene, mode)
     counts = floors.counts(scene.batch)
     return [
         _result(row, [a for a in attempts if a.row is row], times, counts, scene) for row in rows
     ]
+
+
+def guesses(
+    workload: str, rows: Sequence[Row], peers: Sequence[Peer], mode: Mode, device: torch.device
+) -> dict[str, float]:
+    """Seconds that the parts of `measure` may take, by the names that they have there."""
+    usual = USUAL * unit_seconds(workload, device)
+    attempts = [a for row in rows for a in _attempts(row, peers, Scene(workload, device))]
+    found = {f"{workload}: {attempt.name}": 5 * usual for attempt in attempts}
+    found[f"{workload}: timing"] = len(attempts) * usual * (1 + mode.rounds_of(usual))
+    return found
+
+
+@cache
+def unit_seconds(workload: str, device: torch.device) -> float:
+    """Of a warm forward and backward, once."""
+    unit = partial(forward_backward, Scene(workload, device).batch)
+    return interleave({UNIT: unit}, 1, clock_of(device), warm_up=1)[UNIT][0]
 
 
 def _attempts(row: Row, peers: Sequence[Peer], scene: Scene) -> Iterator[Attempt]:
@@ -175,32 +244,27 @@ def _attempts(row: Row, peers: Sequence[Peer], scene: Scene) -> Iterator[Attempt
             yield Attempt(peer.name, row, partial(theirs, scene.batch, scene.labels))
 
 
+def _seconds(attempts: Sequence[Attempt], mode: Mode) -> float:
+    """That timing will take."""
+    again = [a.seconds for a in attempts if a.works and not a.once]
+    return sum(seconds * (1 + mode.rounds_of(seconds)) for seconds in again)
+
+
 def _times(
     attempts: Sequence[Attempt], scene: Scene, mode: Mode
 ) -> Mapping[str, tuple[list[float], list[float]]]:
     """Seconds of every call, and of the unit in the same rounds."""
-    unit = partial(forward_backward, scene.batch)
-    clock = clock_of(scene.device)
-    unit()
-    started = clock()
-    unit()
-    usual = clock() - started
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    groups: dict[bool, dict[str, Callable[[], object]]] = {False: {}, True: {}}
-    for a in attempts:
-        if a.task is None:
-            continue
-        if a.first_seconds > ONCE * usual:
-            found[a.name] = [a.first_seconds] * 2, [usual] * 2
-        else:
-            groups[a.first_seconds > SLOW * usual][a.name] = a.task
-    for slow, rounds in ((False, mode.rounds), (True, mode.slow_rounds)):
-        group = groups[slow]
-        if group:
-            tasks: dict[str, Callable[[], object]] = {UNIT: unit, **group}
-            seconds = interleave(tasks, rounds, clock, warm_up=1 if slow else 3)
-            found |= {name: (seconds[name], seconds[UNIT]) for name in group}
-    return found
+    tasks: dict[str, Callable[[], object]] = {
+        a.name: a.task for a in attempts if a.task and a.works and not a.once
+    }
+    rounds = {a.name: mode.rounds_of(a.seconds) for a in attempts if a.name in tasks}
+    rounds[UNIT] = max(rounds.values(), default=LEAST_ROUNDS)
+    tasks[UNIT] = partial(forward_backward, scene.batch)
+    seconds = interleave(tasks, rounds, clock_of(scene.device), warm_up=1)
+    unit = seconds[UNIT]
+    found = {name: (some, unit[: len(some)]) for name, some in seconds.items()}
+    usual = statistics.median(unit)
+    return found | {a.name: ([a.seconds], [usual]) for a in attempts if a.works and a.once}
 
 
 def _result(
@@ -211,8 +275,8 @@ def _result(
     scene: Scene,
 ) -> dict[str, Any]:
     """For a JSON file."""
-    ours = attempts[0]
-    counted = None if ours.task is None else floors.operations(ours.task) / counts.unit
+    task = attempts[0].task
+    counted = None if task is None else floors.operations(task) / counts.unit
     return {
         "workload": row.workload,
         "title": WORKLOADS[row.workload].title,
@@ -229,12 +293,9 @@ def _result(
 def _answer(
     attempt: Attempt, times: Mapping[str, tuple[list[float], list[float]]]
 ) -> dict[str, Any]:
-    answer: dict[str, Any] = {"problem": attempt.problem}
-    if attempt.name in times:
+    later = attempt.task.problem if attempt.task is not None else ""
+    answer: dict[str, Any] = {"problem": attempt.problem or later}
+    if attempt.works:
         seconds, unit = times[attempt.name]
         answer |= {"quartiles": quartiles(seconds, unit), "seconds": seconds, "unit_seconds": unit}
     return answer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

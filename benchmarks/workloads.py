@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ class Batch:
         model: maps `inputs` to logits (N, *T, C).
         inputs: (N, ...).
         targets: class indices (N, *T).
+        shared: whether several libraries use it, so that none may wrap, hook or write to it.
     """
 
     model: nn.Module
     inputs: Tensor
     targets: Tensor
+    shared: bool = True
 
     def double(self) -> Batch:
         """A copy in float64, for checks."""
@@ -37,7 +39,12 @@ class Batch:
 
     def to(self, device: str | torch.device) -> Batch:
         """The same on a device; the model itself moves."""
-        return Batch(self.model.to(device), self.inputs.to(device), self.targets.to(device))
+        return replace(
+            self,
+            model=self.model.to(device),
+            inputs=self.inputs.to(device),
+            targets=self.targets.to(device),
+        )
 
     @property
     def device(self) -> torch.device:

@@ -76,7 +76,9 @@ def on(workloads: str, rows: Mapping[str, Prepare]) -> dict[tuple[str, str], Pre
 
 
 def copied(batch: Batch) -> Batch:
-    """One that a peer may wrap, hook and write to: the others share the batch."""
+    """One that a peer may wrap, hook and write to; the batch itself if no others share it."""
+    if not batch.shared:
+        return batch
     return Batch(copy.deepcopy(batch.model), batch.inputs.clone(), batch.targets)
 
 

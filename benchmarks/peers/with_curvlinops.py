@@ -22,6 +22,7 @@ from benchmarks.peers._peer import (
     split,
     without_positions,
 )
+from benchmarks.quantities import PROBES, STEPS
 from benchmarks.workloads import DAMPING, Batch, direction
 
 __all__ = ["CURVLINOPS"]
@@ -182,6 +183,25 @@ def top_eigenvalues(batch: Batch, _: Tensor) -> Callable[[], Callable[[], Tensor
     return call
 
 
+def density(batch: Batch, _: Tensor) -> Callable[[], Callable[[], dict[str, Tensor]]]:
+    """The iterations of its `lanczos_approximate_spectrum`, which has no nodes and weights."""
+    from curvlinops.papyan2020traces.spectrum import fast_lanczos
+
+    make, positions = factory("GGN", batch, batch.targets)
+
+    def answer(runs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        nodes = [positions * values for values, _ in runs]
+        weights = [vectors[0].square() for _, vectors in runs]
+        return {"nodes": torch.stack(nodes), "weights": torch.stack(weights)}
+
+    def call() -> Callable[[], dict[str, Tensor]]:
+        F = make()
+        runs = [fast_lanczos(F, STEPS) for _ in range(PROBES)]
+        return lambda: answer(runs)
+
+    return call
+
+
 def inverses(kind: str, batch: Batch, labels: Tensor) -> Callable[[], Any]:
     """Makes a damped operator's inverse by conjugate gradients."""
     from curvlinops import CGInverseLinearOperator
@@ -235,6 +255,7 @@ CURVLINOPS = Peer(
             "W1",
             {
                 "top-10 eigenvalues": top_eigenvalues,
+                "spectral density": density,
                 "damped solve, first": partial(damped_first, kind="EF"),
                 "damped solve, further": damped_further,
                 "damped solve, exact Fisher": partial(damped_first, kind="GGN"),

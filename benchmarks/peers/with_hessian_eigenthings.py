@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers._peer import TRACE_PRODUCTS, Peer, copied, on
+from benchmarks.quantities import PROBES, STEPS
 from benchmarks.workloads import Batch, direction
 
 __all__ = ["HESSIAN_EIGENTHINGS"]
@@ -71,6 +72,19 @@ def top_eigenvalues(batch: Batch, _: Tensor) -> Callable[[], Callable[[], Tensor
     return call
 
 
+def density(batch: Batch, _: Tensor) -> Callable[[], Callable[[], dict[str, Tensor]]]:
+    from hessian_eigenthings.algorithms.spectral_density import spectral_density
+
+    make, positions = factory(batch)
+
+    def call() -> Callable[[], dict[str, Tensor]]:
+        found = spectral_density(make(), num_runs=PROBES, lanczos_steps=STEPS, seed=0)
+        nodes, weights = found.raw_eigenvalues, found.raw_weights
+        return lambda: {"nodes": positions * nodes, "weights": weights}
+
+    return call
+
+
 def trace(batch: Batch, _: Tensor) -> Callable[[], Callable[[], Tensor]]:
     from hessian_eigenthings.algorithms.trace import trace as estimated
 
@@ -91,7 +105,7 @@ HESSIAN_EIGENTHINGS = Peer(
         **on(
             "W1 W2 W3 W4", {"product, first": product_first, "product, repeated": product_repeated}
         ),
-        **on("W1", {"top-10 eigenvalues": top_eigenvalues}),
+        **on("W1", {"top-10 eigenvalues": top_eigenvalues, "spectral density": density}),
         **on("W2", {"trace, 1 %": trace}),
     },
 )

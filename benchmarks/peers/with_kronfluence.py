@@ -104,11 +104,13 @@ def ekfac(batch: Batch, labels: Tensor) -> Callable[[], Callable[[], Tensor]]:
     v = split(direction(batch), batch.model)
 
     def answer(eigen: Any, moments: Any) -> Tensor:
+        """It keeps eigenvectors on the CPU, wherever the model is."""
+        bases = eigen["activation_eigenvectors"], eigen["gradient_eigenvectors"]
         products = {}
         for name, layer in factored(batch.model).items():
-            a, g = eigen["activation_eigenvectors"][name], eigen["gradient_eigenvectors"][name]
-            inside = (g.mT @ joint(v, name, layer) @ a) * moments["lambda_matrix"][name]
-            products[name] = g @ inside @ a.mT / len(labels)
+            rows = joint(v, name, layer)
+            a, g, along = (x[name].to(rows.device) for x in (*bases, moments["lambda_matrix"]))
+            products[name] = g @ ((g.mT @ rows @ a) * along) @ a.mT / len(labels)
         return apart(batch.model, products)
 
     def call() -> Callable[[], Tensor]:

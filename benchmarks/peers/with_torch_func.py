@@ -147,7 +147,7 @@ def product_repeated(batch: Batch, _: Tensor) -> Callable[[], Callable[[], Tenso
 
 
 TORCH_FUNC = Peer(
-    "torch.func",
+    "torch, by hand",
     "torch",
     {
         **on("W1 W2 W3", {"diagonal": diagonal}),
