@@ -63,7 +63,7 @@ class Implicit(Structure):
     Args:
         keep: let products that repeat, with data of one batch and parameters that have not changed,
             keep what a forward and a backward pass leave in memory, so that the model does not run
-            again. Without, no product takes more memory than a backward pass.
+            again. Without, nothing is kept between products.
 
     Example:
         >>> import torch, neuromanifold as nm
