@@ -58,6 +58,8 @@ class QuasiDiagonal(AdditiveStructure):
             weights = part.g.squeeze(3).square().sum(dim=0)  # (G, N, O)
             return {"squares": record.squared(), "cross": weights.mT @ part.a.squeeze(2)}
         p = record.per_sample()  # (V, G, N, O, I)
+        if isinstance(part, Factored):
+            p[..., -1] = part.g.sum(dim=3)  # with the rounding that it has in a diagonal
         cross = torch.einsum("vgno,vgnoi->goi", p[..., -1], p[..., :-1])
         return {"squares": p.square().sum(dim=(0, 2)), "cross": cross}
 
