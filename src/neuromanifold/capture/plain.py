@@ -11,13 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["PlainAttention", "PlainFunctions", "attention_weights"]
+__all__ = ["Functions", "PlainAttention", "PlainFunctions", "Replacing", "attention_weights"]
 
 Functions = Mapping[Callable[..., Any], Callable[..., Any]]
+"""What stands in for a function; it gives None for arguments that it leaves to torch."""
 
 
-class _Replacing(TorchFunctionMode):
-    """Calls of some functions of torch go to others."""
+class Replacing(TorchFunctionMode):
+    """Within it, calls of some functions of torch go to others.
+
+    Args:
+        functions: what stands in for which.
+    """
 
     def __init__(self, functions: Functions) -> None:
         super().__init__()
@@ -31,10 +36,13 @@ class _Replacing(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """A call of one of them, or of another function."""
-        return self._functions.get(function, function)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        other = self._functions.get(function)
+        found = None if other is None else other(*args, **kwargs)
+        return function(*args, **kwargs) if found is None else found
 
 
-class PlainFunctions(_Replacing):
+class PlainFunctions(Replacing):
     """Norms and activations by plain arithmetic, where torch has no second forward derivative.
 
     That of its norms takes the statistics of their inputs for constants, and is wrong without a
@@ -45,11 +53,11 @@ class PlainFunctions(_Replacing):
         super().__init__(TWICE)
 
 
-class PlainAttention(_Replacing):
+class PlainAttention(Replacing):
     """Attention by plain arithmetic.
 
-    The softmax of torch's own mathematics kernel looks for rows without any key; in forward mode
-    it was seen to take longer than all products of a layer.
+    The softmax of torch's own mathematics kernel looks for rows without any key, which in forward
+    mode takes as long as the products with keys and values do.
     """
 
     def __init__(self) -> None:
@@ -66,11 +74,9 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     if attn_mask is not None or dropout_p or enable_gqa:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return None
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return attention_weights(query, key, is_causal, scale) @ value
 

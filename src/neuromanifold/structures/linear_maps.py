@@ -11,52 +11,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from neuromanifold.capture import attention_weights
+from neuromanifold.capture.plain import Functions
 from neuromanifold.errors import CaptureError
 
-__all__ = ["ALL", "LAYERS", "LinearMaps"]
+__all__ = ["ALL", "LAYERS"]
 
 aten = torch.ops.aten
-Functions = Mapping[Callable[..., Any], Callable[..., Tensor | None]]
-"""What stands in for a function; it gives None for arguments that it leaves to torch."""
 Tangent = Tensor | None
 """None is zero, or not wanted."""
-
-
-class LinearMaps(TorchFunctionMode):
-    """Within it, functions leave their derivative as a linear map.
-
-    Args:
-        functions: which of them.
-    """
-
-    def __init__(self, functions: Functions) -> None:
-        super().__init__()
-        self._functions = functions
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """A call of one of them, or of another function."""
-        kwargs = kwargs or {}
-        linearise = self._functions.get(function)
-        if linearise is not None and torch.is_grad_enabled():
-            found = linearise(*args, **kwargs)
-            if found is not None:
-                return found
-        return function(*args, **kwargs)
 
 
 class _Map(ABC):
@@ -144,8 +114,9 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether x is computed with as it is, which autocast would not do."""
-    return x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)
+    """Whether derivatives are wanted, and x is computed with as it is, unlike under autocast."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.is_grad_enabled() and x.is_floating_point() and not autocast
 
 
 # --- linear layers -----------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 
 from neuromanifold._typing import Params
 from neuromanifold.capture.curvature import OfParams
-from neuromanifold.structures.linear_maps import ALL, LAYERS, LinearMaps
+from neuromanifold.capture.plain import Replacing
+from neuromanifold.structures.linear_maps import ALL, LAYERS
 
 __all__ = ["Linearisation", "pushed_once"]
 
@@ -27,7 +28,7 @@ class Linearisation:
 
     def __init__(self, of_params: OfParams, params: Params) -> None:
         self._leaves = _leaves(params)
-        with torch.enable_grad(), LinearMaps(ALL):
+        with torch.enable_grad(), Replacing(ALL):
             self._outputs = of_params(self._leaves)
             self._cotangent = torch.zeros_like(self._outputs, requires_grad=True)
             pulled = _pull(self._outputs, self._leaves, self._cotangent, create_graph=True)
@@ -37,12 +38,12 @@ class Linearisation:
     def push(self, v: Params) -> Tensor:
         """`J v`, like the outputs."""
         values, directions = list(self._pulled.values()), [v[name] for name in self._pulled]
-        with LinearMaps(ALL):  # for layers that run again, where the model keeps checkpoints
+        with Replacing(ALL):  # for layers that run again, where the model keeps checkpoints
             return torch.autograd.grad(values, self._cotangent, directions, retain_graph=True)[0]
 
     def pull(self, u: Tensor) -> Params:
         """`Jᵀ u`, by name."""
-        with LinearMaps(ALL):
+        with Replacing(ALL):
             return _pull(self._outputs, self._leaves, u, retain_graph=True)
 
 
@@ -55,7 +56,7 @@ def pushed_once(
         NotImplementedError: If an operator has no forward mode.
     """
     leaves = _leaves(params)
-    with torch.enable_grad(), forward_ad.dual_level(), LinearMaps(LAYERS):
+    with torch.enable_grad(), forward_ad.dual_level(), Replacing(LAYERS):
         duals = {name: forward_ad.make_dual(leaf, v[name]) for name, leaf in leaves.items()}
         outputs, pushed = forward_ad.unpack_dual(of_params(duals))
     if pushed is None:
